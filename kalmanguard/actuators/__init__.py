@@ -1,0 +1,1 @@
+"""Decisions to deeds: the recovery actions, on a live model and optimizer."""

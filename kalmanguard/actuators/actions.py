@@ -1,0 +1,218 @@
+"""Recovery actions: small classes to combine, or to subclass, into a recovery ladder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kalmanguard.actuators.effects import Anchor, GradientClip, LearningRateLimit
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.records import Decision
+
+
+class Effects(Protocol):
+    """Where an action puts what stays in force over the next steps."""
+
+    effects: list[Any]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a recovery action may touch.
+
+    Attributes
+    ----------
+    model, optimizers
+        The supervised model (never compiled away) and every bound optimizer.
+    decision
+        The decision that is being carried out.
+    restored_rates
+        Learning rates that the restored state was trained at, per optimizer and group.
+    clip_value
+        Recommended bound of the gradient norm; ``inf`` when unknown.
+    hold_steps
+        Steps for which an effect should stay in force.
+    learning_rate
+        The one limit on learning rates.
+    tap
+        The optimizer tap, for effects of your own.
+    checkpoint
+        Writes a durable checkpoint of the present state and returns its folder; ``None`` without a run folder.
+    generator
+        A random stream of the supervisor's own.
+    """
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    decision: Decision
+    restored_rates: Sequence[tuple[float, ...]]
+    clip_value: float
+    hold_steps: int
+    learning_rate: LearningRateLimit
+    tap: Effects
+    checkpoint: Callable[[], Path | None]
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+class RecoveryAction(ABC):
+    """One thing that is done after a state has been restored, or when a run halts.
+
+    Subclass it and implement `apply`; an exception that it raises is recorded and does not stop the others.
+    """
+
+    @abstractmethod
+    def apply(self, controls: Controls) -> None:
+        """Carry the action out."""
+
+    def describe(self) -> str:
+        """The action and its parameters, for the journal."""
+        arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not callable(v))
+        return f"{type(self).__name__}({arguments})"
+
+
+class HoldLearningRate(RecoveryAction):
+    """Let no learning rate exceed the one that the restored state was trained at, until the run has recovered."""
+
+    def apply(self, controls: Controls) -> None:
+        """Put the limit in force."""
+        for optimizer, rates in zip(controls.optimizers, controls.restored_rates, strict=False):
+            controls.learning_rate.hold(optimizer, rates)
+
+
+class ScaleLearningRate(RecoveryAction):
+    """Multiply the learning rate, whatever the schedule makes of it, until the run has recovered; then warm it up."""
+
+    def __init__(self, factor: float = 0.3) -> None:
+        if not 0 < factor <= 1:
+            raise ConfigurationError(f"factor = {factor} must lie in (0, 1].")
+        self.factor = factor
+
+    def apply(self, controls: Controls) -> None:
+        """Put the factor in force."""
+        controls.learning_rate.scale(self.factor)
+
+
+class ClipGradients(RecoveryAction):
+    """Clip the gradient norm to the recommended value for as long as the recovery lasts."""
+
+    def apply(self, controls: Controls) -> None:
+        """Start clipping, when there is a recommended value."""
+        if controls.clip_value < float("inf"):
+            controls.tap.effects.append(GradientClip(controls.clip_value, controls.hold_steps))
+
+
+class ResetMoments(RecoveryAction):
+    """Forget the optimizers' moments: for a poisoned optimizer state that older snapshots share."""
+
+    def apply(self, controls: Controls) -> None:
+        """Clear the per-parameter state."""
+        for optimizer in controls.optimizers:
+            optimizer.state.clear()
+
+
+class PerturbWeights(RecoveryAction):
+    """Add Gaussian noise to every trainable parameter, relative to its own root mean square."""
+
+    def __init__(self, scale: float = 1e-3) -> None:
+        if not scale > 0:
+            raise ConfigurationError(f"scale = {scale} must be positive.")
+        self.scale = scale
+
+    @torch.no_grad()
+    def apply(self, controls: Controls) -> None:
+        """Perturb, from the supervisor's own random stream."""
+        for p in controls.model.parameters():
+            if p.requires_grad and p.is_floating_point():
+                noise = torch.randn(p.shape, generator=controls.generator, dtype=torch.float32)
+                p.add_((noise * (self.scale * p.float().square().mean().sqrt().cpu())).to(p))
+
+
+class ElasticAnchor(RecoveryAction):
+    """Pull the parameters towards the restored state for as long as the recovery lasts, by Fisher importance."""
+
+    def __init__(self, strength: float = 0.1) -> None:
+        if not strength > 0:
+            raise ConfigurationError(f"strength = {strength} must be positive.")
+        self.strength = strength
+
+    def apply(self, controls: Controls) -> None:
+        """Anchor at the present, restored parameters."""
+        anchors: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
+        for optimizer in controls.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    moment = optimizer.state.get(p, {}).get("exp_avg_sq")
+                    importance = moment / moment.mean().clamp(min=1e-30) if isinstance(moment, Tensor) else None
+                    anchors[p] = (p.detach().clone(), importance)
+        controls.tap.effects.append(Anchor(anchors, self.strength, controls.hold_steps))
+
+
+class SaveCheckpoint(RecoveryAction):
+    """Write a durable checkpoint of the restored state."""
+
+    def apply(self, controls: Controls) -> None:
+        """Queue the checkpoint; without a run folder there is nowhere to write, and nothing happens."""
+        controls.checkpoint()
+
+
+class Notify(RecoveryAction):
+    """Call a function of yours with the decision, for a message to whoever is on duty."""
+
+    def __init__(self, send: Callable[[Decision], object]) -> None:
+        if not callable(send):
+            raise ConfigurationError(f"send = {send!r} must be a function that takes a Decision.")
+        self.send = send
+
+    def apply(self, controls: Controls) -> None:
+        """Send."""
+        self.send(controls.decision)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What is done after each rung's rollback, and at a halt.
+
+    Examples
+    --------
+    >>> ladder = Recovery.preset("balanced")
+    >>> [[type(a).__name__ for a in rung] for rung in ladder.rungs][0]
+    ['HoldLearningRate']
+    """
+
+    rungs: tuple[tuple[RecoveryAction, ...], ...]
+    on_halt: tuple[RecoveryAction, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rungs:
+            raise ConfigurationError("A recovery ladder needs at least one rung; () is a rung that only rolls back.")
+
+    def actions(self, rung: int) -> tuple[RecoveryAction, ...]:
+        """Actions of a rung; rungs above the last one are the last one."""
+        return self.rungs[min(rung, len(self.rungs) - 1)]
+
+    def describe(self) -> dict[str, object]:
+        """For the journal's header."""
+        return {
+            "rungs": [[action.describe() for action in rung] for rung in self.rungs],
+            "on_halt": [action.describe() for action in self.on_halt],
+        }
+
+    @classmethod
+    def preset(cls, name: str) -> Recovery:
+        """The ladders of the presets: they differ in how hard the higher rungs cut."""
+        cut, hard = {"conservative": (0.5, 0.3), "balanced": (0.3, 0.1), "aggressive": (0.2, 0.05)}[name]
+        return cls(
+            (
+                (HoldLearningRate(),),
+                (HoldLearningRate(), ScaleLearningRate(cut), ClipGradients()),
+                (HoldLearningRate(), ScaleLearningRate(hard), ClipGradients(), ResetMoments(), SaveCheckpoint()),
+            ),
+            (SaveCheckpoint(),),
+        )

@@ -1,0 +1,182 @@
+"""The hands of the supervisor: capture, restore, recovery actions, durable checkpoints. Decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kalmanguard.actuators.actions import Controls, Recovery, RecoveryAction
+from kalmanguard.actuators.effects import LearningRateLimit
+from kalmanguard.records import Action, Decision, Orders, Outcome
+from kalmanguard.sensors.optimizer import OptimizerTap
+from kalmanguard.settings import Settings
+from kalmanguard.snapshots.disk import CheckpointStore
+from kalmanguard.snapshots.memory import slots_for
+from kalmanguard.snapshots.pretrained import pretrained_saver
+from kalmanguard.snapshots.ring import Ring
+from kalmanguard.snapshots.state import TrainingState
+
+#: More states than this would only be older ones of the same ages.
+MOST_SLOTS = 8
+_DISK_BYTES_PER_S = 2e8
+
+
+class Actuator:
+    """Carry out orders on a live model and its optimizers.
+
+    Parameters
+    ----------
+    model
+        The supervised model, not compiled.
+    tap
+        The optimizer tap: where effects that last are put.
+    state
+        What a snapshot captures.
+    settings
+        Memory, rewinding, and the share of time for checkpoints.
+    recovery
+        The ladder's actions.
+    extras
+        What the user has registered.
+    folder
+        Where durable checkpoints go; ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tap: OptimizerTap,
+        state: TrainingState,
+        settings: Settings,
+        recovery: Recovery,
+        extras: Mapping[str, Any],
+        folder: Path | None,
+    ) -> None:
+        self._model, self._tap, self.state = model, tap, state
+        self._settings, self._recovery = settings, recovery
+        self.ring = Ring(state, slots=MOST_SLOTS)
+        self._folder, self._extras = folder, extras
+        self.store = CheckpointStore(folder) if folder is not None else None
+        self._limit = LearningRateLimit()
+        tap.effects.append(self._limit)
+        self._rates: dict[int, tuple[tuple[float, ...], ...]] = {}
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._next_checkpoint = 0.0
+        self.capture_s: list[float] = []
+
+    def capacity(self) -> int:
+        """Slots that fit the memory budget.
+
+        Raises
+        ------
+        SnapshotError
+            Fewer than two fit, and there is no run folder to keep them in.
+        """
+        return slots_for(
+            self.state.bytes_per_slot(), self._settings.snapshot_bytes, spill=self._folder, most=MOST_SLOTS
+        )
+
+    def keep(self, orders: Orders, step: int) -> None:
+        """Execute what concerns the ring: evict, certify, capture."""
+        for old in orders.evict:
+            self.ring.evict(old)
+            self._rates.pop(old, None)
+        for known in orders.certify:
+            self.ring.certify(known)
+        if orders.snapshot:
+            started = time.perf_counter()
+            self.ring.capture(step)
+            self.capture_s.append(time.perf_counter() - started)
+            del self.capture_s[:-16]
+            self._rates[step] = tuple(
+                tuple(float(group["lr"]) for group in optimizer.param_groups) for optimizer in self._tap.optimizers
+            )
+            if orders.certified:
+                self.ring.certify(step)
+
+    def restore(self, step: int, *, action: Action, rung: int, manual: bool = False) -> Outcome:
+        """Restore a ring slot and show that it is the captured state, bit for bit.
+
+        The random streams are rewound on the mildest rung only: higher ones must draw other batches and masks, or
+        they would walk into the same trouble again.
+        """
+        replay = self._settings.replay
+        scope = {"rng": rung == 0 or replay, "schedule": replay, "data": replay}
+        self.ring.restore(step, **scope)
+        for optimizer in self._tap.optimizers:
+            # What is left of the last backward pass belongs to the state that was given up.
+            optimizer.zero_grad(set_to_none=True)
+        expected, actual = self.ring.verify(step, **scope)
+        error = None if expected == actual else "the restored state differs from the captured one"
+        return Outcome(action, step, rung, expected, actual, manual, error)
+
+    def recover(self, decision: Decision, restored: int, *, clip_value: float, hold_steps: int) -> list[str]:
+        """Run the actions of the decision's rung, or those of a halt; returns what went wrong."""
+        actions: tuple[RecoveryAction, ...]
+        if decision.proposed is Action.HALT:
+            actions = self._recovery.on_halt
+        else:
+            actions = self._recovery.actions(decision.orders.rung)
+        controls = Controls(
+            model=self._model,
+            optimizers=tuple(self._tap.optimizers),
+            decision=decision,
+            restored_rates=self._rates.get(restored, ()),
+            clip_value=clip_value,
+            hold_steps=hold_steps,
+            learning_rate=self._limit,
+            tap=self._tap,
+            checkpoint=lambda: self._store_path() if self.store is not None else None,
+            generator=self._generator,
+        )
+        self._restored = restored
+        failures = []
+        for action in actions:
+            try:
+                action.apply(controls)
+            except Exception as error:
+                failures.append(f"{action.describe()}: {type(error).__name__}: {error}")
+        return failures
+
+    _restored = 0
+    describe_state: Callable[[], Mapping[str, Any]] = staticmethod(dict)
+
+    def release(self) -> None:
+        """Lift what recovery has put in force."""
+        self._limit.release()
+        self._tap.effects[:] = [self._limit]
+
+    def checkpoint(self, step: int, *, clean: bool, force: bool = False) -> bool:
+        """Queue a durable checkpoint of a ring slot, unless the last one was too recent for its share of time."""
+        if self.store is None or (not force and time.monotonic() < self._next_checkpoint):
+            return False
+        started = time.monotonic()
+        self.store.save(
+            step, self.ring.slot(step), dict(self.describe_state()), model_saver=self._saver(step), clean=clean
+        )
+        # The bytes are written beside training, at some 200 MB/s that training does not have then.
+        took = time.monotonic() - started + self.state.bytes_per_slot() / _DISK_BYTES_PER_S
+        self._next_checkpoint = started + took / self._settings.checkpoint_share
+        return True
+
+    def close(self) -> None:
+        """Finish writing and give the memory back."""
+        self.ring.close()
+        if self.store is not None:
+            self.store.close()
+
+    def _store_path(self) -> Path | None:
+        self.checkpoint(self._restored, clean=True, force=True)
+        return self.store.folder if self.store is not None else None
+
+    def _saver(self, step: int) -> Callable[[Path], None] | None:
+        if not callable(getattr(self._model, "save_pretrained", None)):
+            return None
+        tokenizer = next((o for o in self._extras.values() if hasattr(o, "save_pretrained")), None)
+        return pretrained_saver(self._model, self.state.tree(self.ring.slot(step)), tokenizer)

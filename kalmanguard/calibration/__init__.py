@@ -1,0 +1,1 @@
+"""Conformal quantiles, e-values and betting rates that thresholds are taken from."""

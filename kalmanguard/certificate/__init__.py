@@ -1,0 +1,1 @@
+"""What a run can state about itself, and how anyone can check it."""

@@ -1,0 +1,1 @@
+"""Innovations to evidence: one file a detector, named after its method."""

@@ -1,0 +1,1 @@
+"""Numbers to innovations: state-space kernels, trajectory, probe and trend filters, adaptive noise."""

@@ -1,0 +1,65 @@
+"""The one Kalman recursion of the package: a level and its slope, for a number or for k coordinates at once.
+
+::
+
+    level' = level + dt * slope,   slope' = slope        F = [[1, dt], [0, 1]]
+    z      = level + noise                               H = [1, 0]
+
+All variances are in units of the measurement noise variance, which `noise` tracks separately: the gains then depend
+on the noise *ratios* alone, and k coordinates with equal ratios share one covariance.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, TypeVar
+
+from kalmanguard.records import FloatArray
+
+X = TypeVar("X", float, FloatArray)
+
+
+class Covariance(NamedTuple):
+    """Symmetric 2 x 2 covariance of (level, slope), in units of the measurement noise variance."""
+
+    level: float
+    cross: float
+    slope: float
+
+
+class Gaussian(NamedTuple, Generic[X]):
+    """Mean and covariance of (level, slope)."""
+
+    level: X
+    slope: X
+    covariance: Covariance
+
+
+def predict(state: Gaussian[X], dt: float, level_noise: float, slope_noise: float) -> Gaussian[X]:
+    """Time update over ``dt`` with process noise variances for the level and the slope (already scaled by dt)."""
+    p = state.covariance
+    return Gaussian(
+        state.level + dt * state.slope,
+        state.slope,
+        Covariance(
+            p.level + dt * (2.0 * p.cross + dt * p.slope) + level_noise,
+            p.cross + dt * p.slope,
+            p.slope + slope_noise,
+        ),
+    )
+
+
+def update(state: Gaussian[X], innovation: X, noise: float = 1.0) -> Gaussian[X]:
+    """Measurement update with ``innovation = z - level``, which the caller may have clipped beforehand.
+
+    ``noise`` is the measurement noise variance in the unit of the covariance. For one scalar measurement the short
+    form (I - K H) P written out below is symmetric by construction and keeps P positive semi-definite for every
+    gain in [0, 1] (Simon, "Optimal State Estimation", 2006, eq. 5.19).
+    """
+    p = state.covariance
+    total = p.level + noise
+    gain, slope_gain = p.level / total, p.cross / total
+    return Gaussian(
+        state.level + gain * innovation,
+        state.slope + slope_gain * innovation,
+        Covariance((1.0 - gain) * p.level, (1.0 - gain) * p.cross, p.slope - slope_gain * p.cross),
+    )

@@ -1,0 +1,1 @@
+"""PyTorch to numbers: probe, sketch, optimizer tap, integrity."""

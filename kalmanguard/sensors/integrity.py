@@ -1,0 +1,110 @@
+"""Integrity: did parameters or optimizer moments change between two optimizer steps, and are the moments sane?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+#: Elements of one tensor that are compared bit by bit at a step.
+_SLICE = 4096
+_SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "max_exp_avg_sq")
+
+
+class IntegritySensor:
+    """Compare what an optimizer step starts from with what the step before left behind.
+
+    Every step: the version counter of each parameter, which every in-place write through torch raises (reported as
+    ``"parameters"``: user code may well do that, so the probe decides). In turn over all tensors, one slice of 4,096
+    elements of a parameter and of its optimizer state, bit for bit: a difference without a raised counter is reported
+    as ``"silent parameters"`` or ``"silent moments"``, a second moment that is negative, not finite, or all zero where
+    it was not, as ``"moments"``.
+
+    Notes
+    -----
+    Detection latency of a silent change of one element, when it does not show in the sketch: the number of slices,
+    ``sum ceil(numel / 4096)``, in steps. Cost: about 15 us a step, independent of the model's size but for the
+    counters (0.05 us a parameter).
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._turn = 0
+        self._versions: list[int] = []
+        self._kept: list[tuple[str, Tensor, Tensor, int]] = []
+        self._slice = 0
+
+    def remember(self, optimizers: Sequence[Optimizer]) -> None:
+        """Note what the next step must start from; called when the step's work is done."""
+        self._versions = [p._version for p in self._parameters]
+        self._kept = []
+        parameter = self._parameters[self._turn]
+        kept = [("parameters", parameter)]
+        for optimizer in optimizers:
+            state = optimizer.state.get(parameter)
+            if state:
+                kept.extend(
+                    ("second moments" if name in _SECOND_MOMENTS else "moments", value)
+                    for name, value in state.items()
+                    if isinstance(value, Tensor) and value.numel() > 1 and value.layout is torch.strided
+                )
+        for name, tensor in kept:
+            part = self._part(tensor)
+            if part is not None:
+                self._kept.append((name, tensor, part.clone(), tensor._version))
+        self._advance(parameter)
+
+    def check(self) -> tuple[str, ...]:
+        """What has changed since `remember`, and was not the optimizer."""
+        found: list[str] = []
+        if any(p._version != v for p, v in zip(self._parameters, self._versions, strict=False)):
+            found.append("parameters")
+        for name, tensor, before, version in self._kept:
+            part = self._part(tensor, self._checked)
+            if part is None or part.shape != before.shape:
+                continue
+            if not torch.equal(part, before) and not _both_nan(part, before):
+                kind = "parameters" if name == "parameters" else "moments"
+                found.append(kind if tensor._version != version else f"silent {kind}")
+            if name == "second moments" and not _sane(part, before):
+                found.append("moments")
+        return tuple(dict.fromkeys(found))
+
+    def forget(self) -> None:
+        """Skip the next check: something that is known has changed the parameters."""
+        self._versions, self._kept = [], []
+
+    @property
+    def latency_steps(self) -> int:
+        """Steps after which every slice of every parameter has been compared once."""
+        return sum(-(-p.numel() // _SLICE) for p in self._parameters)
+
+    def _part(self, tensor: Tensor, at: int | None = None) -> Tensor | None:
+        start = (self._slice if at is None else at) * _SLICE
+        detached = tensor.detach()
+        if not detached.is_contiguous():
+            detached = detached.contiguous()
+        flat = detached.view(-1)
+        return flat[start : start + _SLICE] if start < flat.numel() else None
+
+    def _advance(self, parameter: Tensor) -> None:
+        self._checked = self._slice
+        self._slice += 1
+        if self._slice * _SLICE >= parameter.numel():
+            self._slice = 0
+            self._turn = (self._turn + 1) % len(self._parameters)
+
+    _checked = 0
+
+
+def _both_nan(part: Tensor, before: Tensor) -> bool:
+    return bool(torch.equal(part.nan_to_num(), before.nan_to_num())) if part.is_floating_point() else False
+
+
+def _sane(part: Tensor, before: Tensor) -> bool:
+    if not part.is_floating_point():
+        return True
+    low, high = part.aminmax()
+    return bool(torch.isfinite(high) & (low >= 0)) and bool(high > 0 or not before.any())

@@ -1,0 +1,233 @@
+"""The optimizer tap: global step hooks that see gradients and learning rates, and can drop a step before it is taken."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as hooks
+
+from kalmanguard.errors import BindError
+
+
+class StepEffect(Protocol):
+    """Something that recovery keeps in force over optimizer steps."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called before each step of a bound optimizer, after the gradient was judged."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after the step; whatever was changed in the optimizer must be put back here."""
+
+
+class OptimizerTap:
+    """Watch every optimizer that trains the given parameters.
+
+    Parameters
+    ----------
+    parameters
+        Parameters of the supervised model.
+    optimizers
+        Optimizers that are known from the start; others that hold one of the parameters bind themselves when they
+        step.
+    protect
+        Whether a gradient that is not finite, or above `gate`, may be dropped.
+    before_first_step
+        Called once, before the first step of any bound optimizer.
+
+    Notes
+    -----
+    A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay and
+    step counters stand still) and put back afterwards; a fused optimizer on an accelerator gets its ``found_inf`` flag
+    instead, without a host synchronisation. A step with a closure computes its gradients inside and cannot be dropped.
+    Only hooks that this object has registered are ever removed. Cost: one norm over the gradients, one scalar read.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        optimizers: Sequence[Optimizer] = (),
+        *,
+        protect: bool = True,
+        before_first_step: Callable[[], None] | None = None,
+        before_step: Callable[[], None] | None = None,
+    ) -> None:
+        self._ids = {id(p) for p in parameters}
+        self.optimizers: list[Optimizer] = []
+        self._protect = protect
+        self._before_first_step, self._before_step = before_first_step, before_step
+        self._begun = False
+        self.effects: list[StepEffect] = []
+        self.gate = math.inf
+        self.clip = False
+        self.paused = False
+        for optimizer in optimizers:
+            if not self._trains(optimizer):
+                raise BindError(
+                    f"The {type(optimizer).__name__} that was passed holds none of the model's parameters; pass the "
+                    "optimizer that trains this model."
+                )
+            self.optimizers.append(optimizer)
+        self._stashed: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.last_norm: float | None = None
+        self.reset()
+        owner = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            tap = owner()
+            if tap is not None:
+                tap._before(optimizer, args, kwargs)
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            tap = owner()
+            if tap is not None:
+                tap._after(optimizer)
+
+        self._handles = [
+            hooks.register_optimizer_step_pre_hook(before),
+            hooks.register_optimizer_step_post_hook(after),
+        ]
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+
+    def reset(self) -> None:
+        """Start a new step."""
+        self.steps = 0
+        self._square = 0.0
+        self._seen_gradient = False
+        self.veto: str | None = None
+        self.rates: tuple[float, ...] = ()
+        self.effective: tuple[float, ...] = ()
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm of the whole gradient of this step, over all optimizers; ``None`` when it was not seen."""
+        return math.sqrt(self._square) if self._seen_gradient else None
+
+    @property
+    def lr_factor(self) -> float:
+        """Largest effective learning rate over the largest one of the user's."""
+        rate = max(self.rates, default=0.0)
+        return max(self.effective, default=rate) / rate if rate > 0 else 1.0
+
+    def bind(self) -> None:
+        """Find an optimizer that exists but has not stepped yet; for the first `update` without any step.
+
+        Raises
+        ------
+        BindError
+            None is alive that trains the model.
+        """
+        if self.optimizers:
+            return
+        for candidate in gc.get_objects():
+            if isinstance(candidate, Optimizer) and self._trains(candidate):
+                self.optimizers.append(candidate)
+        if not self.optimizers:
+            raise BindError(
+                "update() was called, but no torch optimizer that holds the model's parameters has stepped or exists; "
+                "call update() after optimizer.step(), or pass optimizer=... to the Supervisor."
+            )
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._finalizer()
+
+    def _trains(self, optimizer: Optimizer) -> bool:
+        return any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"])
+
+    def _bound(self, optimizer: Optimizer) -> bool:
+        if any(optimizer is known for known in self.optimizers):
+            return True
+        if self._trains(optimizer):
+            self.optimizers.append(optimizer)
+            return True
+        return False
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused or not self._bound(optimizer):
+            return
+        if not self._begun:
+            self._begun = True
+            if self._before_first_step is not None:
+                self._before_first_step()
+        if self.steps == 0 and self._before_step is not None:
+            self._before_step()
+        rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
+        self.rates += rates
+        if kwargs.get("closure") is None and not any(callable(a) for a in args[1:]):
+            self._judge(optimizer)
+        if id(optimizer) not in self._stashed:
+            for effect in self.effects:
+                effect.before_step(optimizer)
+        self.effective += tuple(float(group["lr"]) for group in optimizer.param_groups)
+
+    def _judge(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = total_norm(gradients)
+        scale = getattr(optimizer, "grad_scale", None)
+        if isinstance(scale, Tensor):
+            # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
+            norm = norm / scale.to(norm.device)
+        if norm.device.type != "cpu" and getattr(optimizer, "defaults", {}).get("fused") and self._protect:
+            bad = ~(norm <= self.gate)
+            known = getattr(optimizer, "found_inf", None)
+            flag = bad.float() if known is None else torch.maximum(known, bad.float())
+            optimizer.found_inf = flag  # type: ignore[attr-defined]
+            self._stashed[id(optimizer)] = []
+        value = float(norm)
+        self._square += value * value
+        self.last_norm = value
+        self._seen_gradient = True
+        if not math.isfinite(value):
+            self.veto = "nonfinite"
+        elif value > self.gate:
+            if self.clip and self._protect:
+                torch._foreach_mul_(gradients, self.gate / value)
+                self.veto = self.veto or "clipped"
+                return
+            self.veto = self.veto or "explosion"
+        else:
+            return
+        if self._protect and id(optimizer) not in self._stashed:
+            self._stashed[id(optimizer)] = list(zip(parameters, gradients, strict=True))
+            for p in parameters:
+                p.grad = None
+
+    def _after(self, optimizer: Optimizer) -> None:
+        if self.paused or not any(optimizer is known for known in self.optimizers):
+            return
+        stashed = self._stashed.pop(id(optimizer), None)
+        if stashed is None:
+            for effect in reversed(self.effects):
+                effect.after_step(optimizer)
+        else:
+            for p, gradient in stashed:
+                p.grad = gradient
+            if not stashed and hasattr(optimizer, "found_inf"):
+                del optimizer.found_inf
+        self.steps += 1
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all gradients, float32 at least; 0-dim, on the first gradient's device."""
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    low = any(g.dtype in (torch.float16, torch.bfloat16) for g in dense)
+    norms = torch._foreach_norm(dense, 2, dtype=torch.float32) if low else torch._foreach_norm(dense)
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -1,0 +1,152 @@
+"""The probe: held-out losses per example at the present parameters, measured without leaving a trace."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.records import FloatArray, ProbeReading
+from kalmanguard.sensors import losses as L
+from kalmanguard.sensors.trace import BufferGuard, evaluation_mode, random_streams_kept
+
+
+class Probe:
+    """A fixed held-out set, materialised once, and the loss on it.
+
+    Parameters
+    ----------
+    model
+        The supervised model; a ``torch.compile``d one is evaluated through its original module, so that switching to
+        evaluation mode compiles nothing.
+    loader
+        Iterable of held-out batches: ``(inputs, target)``, dicts, or tensors. Read once, at construction, with every
+        random state restored afterwards.
+    examples
+        Number of examples that a reading evaluates.
+    fresh
+        Number of further examples that are set aside for the certificate; each is used once.
+    loss_fn
+        ``loss_fn(output, target)`` returning a loss per example or their mean; inferred when ``None``: a ``.loss`` on the
+        output, cross-entropy for integer targets, mean squared error for float targets of the output's shape.
+
+    Raises
+    ------
+    ConfigurationError
+        The loader is empty or yields too few examples, or the loss cannot be inferred.
+
+    Notes
+    -----
+    Where only a batch's mean can be had, a batch is cut into single examples if there are at most 32, else into 16
+    parts, and a part is the unit. Cost: one forward pass over ``examples``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        examples: int = 128,
+        fresh: int = 0,
+        loss_fn: L.LossFn | None = None,
+    ) -> None:
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._loss_fn = loss_fn
+        parameter = next(self._model.parameters(), None)
+        if parameter is None:
+            raise ConfigurationError("The model has no parameters; there is nothing to supervise.")
+        self.device = parameter.device
+        self._guard = BufferGuard(self._model)
+        with random_streams_kept(self.device):
+            self._batches, self._fresh = _materialise(loader, examples, fresh, self.device)
+        self.digest = _digest(self._batches)
+        reading = self.read()
+        if len(reading.losses) < 2:
+            raise ConfigurationError(
+                "The probe loader yields fewer than two examples; a probe needs at least 2, better 64 or more."
+            )
+        self.size = len(reading.losses)
+
+    def read(self) -> ProbeReading:
+        """Measure the held-out losses now: shape ``(n,)``, float64."""
+        return ProbeReading(self._evaluate(self._batches))
+
+    @property
+    def fresh_left(self) -> int:
+        """Examples that are still unused for the certificate."""
+        return sum(map(L.batch_size, self._fresh))
+
+    def read_fresh(self, batches: list[Any]) -> FloatArray:
+        """Measure losses on other batches at the present parameters."""
+        return self._evaluate(batches)
+
+    def take_fresh(self, loader: Iterable[Any] | None = None) -> list[Any]:
+        """Hand out unused examples, all that are left or those of ``loader``; they are never handed out again."""
+        if loader is not None:
+            with random_streams_kept(self.device):
+                return [L.to_device(batch, self.device) for batch in loader]
+        batches, self._fresh = self._fresh, []
+        return batches
+
+    def _evaluate(self, batches: list[Any]) -> FloatArray:
+        with random_streams_kept(self.device), self._guard.kept(), evaluation_mode(self._model):
+            parts = [self._losses(batch) for batch in batches]
+        return torch.cat(parts).double().cpu().numpy()  # type: ignore[no-any-return]
+
+    def _losses(self, batch: Any) -> Tensor:
+        size = L.batch_size(batch)
+        output, target = self._forward(batch)
+        losses = L.per_example(output, target, self._loss_fn, size)
+        if losses is not None:
+            return losses
+        parts = size if size <= 32 else 16
+        bounds = np.linspace(0, size, parts + 1).astype(int).tolist()
+        means = []
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            output, target = self._forward(L.take(batch, stop - start, start))
+            means.append(L.batch_mean(output, target, self._loss_fn))
+        return torch.stack(means)
+
+    def _forward(self, batch: Any) -> tuple[Any, Any]:
+        inputs, keywords, target = L.split_batch(batch)
+        output = self._model(*inputs, **keywords)
+        # A user's own loss on a dict without a recognisable target gets the whole batch.
+        return output, batch if target is None and isinstance(batch, Mapping) else target
+
+
+def _materialise(loader: Iterable[Any], examples: int, fresh: int, device: torch.device) -> tuple[list[Any], list[Any]]:
+    probe: list[Any] = []
+    spare: list[Any] = []
+    wanted, reserve = examples, fresh
+    for batch in loader:
+        at, size = 0, L.batch_size(batch)
+        if wanted and size:
+            at = min(wanted, size)
+            probe.append(L.to_device(L.take(batch, at), device))
+            wanted -= at
+        if at < size and reserve:
+            count = min(reserve, size - at)
+            spare.append(L.to_device(L.take(batch, count, at), device))
+            reserve -= count
+        if not wanted and not reserve:
+            break
+    if not probe:
+        raise ConfigurationError("The probe loader is empty; it must yield at least one batch of held-out examples.")
+    return probe, spare
+
+
+def _digest(batches: list[Any]) -> str:
+    """SHA-256 over the probe set's tensors, so that a journal says which examples it is about."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch if isinstance(batch, tuple) else (batch,))
+        for key, item in items:
+            if isinstance(item, Tensor):
+                digest.update(f"{key}:{item.dtype}:{tuple(item.shape)}".encode())
+                digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""All cheap sensors of one step, gathered into one `Measurement`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kalmanguard.records import OVERWRITE, Costs, FloatArray, Measurement
+from kalmanguard.sensors.integrity import IntegritySensor
+from kalmanguard.sensors.optimizer import OptimizerTap, total_norm
+from kalmanguard.sensors.sketch import Sketch
+
+
+class SensorSuite:
+    """Sketch, buffers, gradient, learning rates and integrity of one step.
+
+    Parameters
+    ----------
+    model
+        The supervised model.
+    tap
+        The optimizer tap.
+    size, seed
+        Rows and key of the sketch.
+
+    Notes
+    -----
+    Cost: one pass over the parameters (sketch), one over the gradients (in the tap), about 40 us for small models.
+    """
+
+    def __init__(self, model: nn.Module, tap: OptimizerTap, *, size: int, seed: int) -> None:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._sketch = Sketch(trained or list(model.named_parameters()), size=size, seed=seed)
+        self._tap = tap
+        self._integrity = IntegritySensor([p for _, p in trained])
+        self._buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+        self._position: FloatArray | None = None
+        self._tampered: tuple[str, ...] = ()
+        # Half a unit in the last place of the coarsest dtype, the error of one rounded addition.
+        self._epsilon = max((torch.finfo(p.dtype).eps / 2 for _, p in trained if _is_float(p)), default=0.0)
+
+    def before_step(self) -> None:
+        """Check integrity; called right before the first optimizer step since the last measurement."""
+        self._tampered = self._integrity.check()
+
+    def measure(self, step: int, loss: float | None, *, costs: Costs | None, objective: int) -> Measurement:
+        """Measure the present state, after the optimizer's step."""
+        position = self._sketch()
+        velocity = None if self._position is None else position - self._position
+        self._position = position
+        length = float(np.dot(position, position))
+        finite = math.isfinite(length)
+        tap, tampered = self._tap, self._tampered
+        self._tampered = ()
+        if finite and velocity is not None and float(np.dot(velocity, velocity)) > 0.8 * length:
+            tampered = (*tampered, OVERWRITE)
+        self._integrity.remember(tap.optimizers)
+        measurement = Measurement(
+            step=step,
+            loss=loss,
+            learning_rates=tap.rates,
+            lr_factor=tap.lr_factor,
+            gradient_norm=tap.gradient_norm,
+            velocity=velocity if finite else None,
+            rounding_floor=self._epsilon * math.sqrt(length) if finite else 0.0,
+            buffer_norm=self._buffer_norm(),
+            veto=tap.veto,
+            parameters_finite=finite,
+            tampered=tampered,
+            costs=costs,
+            objective=objective,
+        )
+        tap.reset()
+        return measurement
+
+    def interrupt(self) -> None:
+        """The parameters were set from outside the optimizer: the next velocity would be no update."""
+        self._position = self._sketch()
+        self._integrity.forget()
+        self._tap.reset()
+
+    @torch.no_grad()
+    def _buffer_norm(self) -> float | None:
+        return float(total_norm(self._buffers)) if self._buffers else None
+
+
+def loss_value(loss: Any) -> float | None:
+    """The user's loss as a number; ``None`` stays ``None``."""
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor):
+        return float(loss.detach()) if loss.numel() == 1 else float(loss.detach().float().mean())
+    return float(loss)
+
+
+def _is_float(p: Tensor) -> bool:
+    return p.is_floating_point()

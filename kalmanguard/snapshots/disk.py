@@ -1,0 +1,345 @@
+"""Durable checkpoints: written in the background, atomic, in a few folders used in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, final
+
+from torch import Tensor
+
+from kalmanguard.errors import ConfigurationError, SnapshotError
+from kalmanguard.snapshots.checkpoint import (
+    FORMAT,
+    VERSION,
+    check_format,
+    read_checkpoint,
+    read_manifest,
+    write_checkpoint,
+)
+from kalmanguard.snapshots.files import inside, read_json, remove, replace_text, sync
+from kalmanguard.snapshots.slot import Slot
+
+ANCHOR: Final = "last_clean.json"
+_SLOT_NAME: Final = re.compile(r"slot-(0|[1-9][0-9]{0,5})")
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One checkpoint to be written, with a copy of the state that nobody else touches."""
+
+    step: int
+    source: Slot | Any
+    meta: Any
+    model_saver: Callable[[Path], None] | None
+    clean: bool
+
+
+@final
+class CheckpointStore:
+    """A folder with the last few checkpoints and an anchor file that names the last clean one.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    slots
+        Sub-folders ``slot-0``, ``slot-1``, ... used in turn; the one with the last clean checkpoint is never reused.
+
+    Raises
+    ------
+    ConfigurationError
+        Fewer than two slots.
+    SnapshotError
+        The folder cannot be made or written to.
+
+    Notes
+    -----
+    A checkpoint is written to a temporary folder, forced to the disk and renamed into place, then the anchor is
+    replaced: killed at any moment, the anchor names a complete checkpoint. `save` copies the state and returns; it
+    never raises for what goes wrong with the disk: `last_error` holds what the last attempt met, and the checkpoint
+    before it stays. At most
+    one checkpoint is being written and one is waiting; a newer one takes the place of the one that waits.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, slots: int = 3) -> None:
+        if slots < 2:
+            raise ConfigurationError(f"slots = {slots}: at least 2 are needed, to keep one while the other is written.")
+        self.folder = Path(folder)
+        self._slots = slots
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise SnapshotError(
+                f"The checkpoint folder {self.folder} cannot be written to: {error.strerror}. Choose another run_dir."
+            ) from error
+        self.last_error: Exception | None = None
+        self._changed = threading.Condition()
+        self._committing = threading.Lock()
+        self._pending: _Job | None = None
+        self._writing = False
+        self._frozen = False
+        self._closed = False
+        self._staging: list[Slot] = []
+        self._sequence: int | None = None
+        self._worker: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the training thread's side --------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        source: Slot | Any,
+        meta: dict[str, Any],
+        *,
+        model_saver: Callable[[Path], None] | None = None,
+        clean: bool = True,
+    ) -> bool:
+        """Copy a state and have it written; return whether it was accepted.
+
+        Parameters
+        ----------
+        step
+            Step of the state.
+        source
+            A slot, or a tree for the codec; it may be changed as soon as this returns.
+        meta
+            Further plain values, numpy arrays and tensors for the codec.
+        model_saver
+            Called in the background with an empty folder inside the checkpoint (``save_pretrained``, for example);
+            it must not read what training changes meanwhile.
+        clean
+            Whether the state is certified, so that the anchor may name it.
+
+        Returns
+        -------
+        bool
+            False when the store is frozen or closed, or the state could not be copied (see `last_error`).
+        """
+        with self._changed:
+            if self._frozen or self._closed:
+                return False
+            # The one that waits is given up first: its buffers hold the newer one.
+            self._retire(self._pending)
+            self._pending = None
+            staging = self._staging.pop() if self._staging else None
+        try:
+            copy = source.copy(staging) if isinstance(source, Slot) else _detached(source)
+            job = _Job(step, copy, _detached(meta), model_saver, clean)
+        except Exception as error:
+            self.last_error = error
+            return False
+        with self._changed:
+            self._pending = job
+            self._changed.notify_all()
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._run, name="kalmanguard-checkpoint", daemon=True)
+            self._worker.start()
+        return True
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing is overwritten at present."""
+        return self._frozen
+
+    def freeze(self) -> None:
+        """Keep what is on disk: drop what waits or is being written, refuse new checkpoints until `thaw`."""
+        with self._changed:
+            self._frozen = True
+            self._retire(self._pending)
+            self._pending = None
+            self._changed.notify_all()
+        with self._committing:  # a checkpoint that is being renamed into place is the last one
+            pass
+
+    def thaw(self) -> None:
+        """Accept checkpoints again."""
+        with self._changed:
+            self._frozen = False
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything accepted is on disk or has failed; return False when the time was not enough."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._pending is None and not self._writing, timeout_s)
+
+    def close(self, timeout_s: float | None = 60.0) -> bool:
+        """Write what is waiting, then stop the thread; return whether all was done in time."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        done = self.flush(timeout_s)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._worker is not None:
+            self._worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._staging.clear()
+        return done
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def load_last_clean(self) -> tuple[int, Any, dict[str, Any]]:
+        """Verify and return the last clean checkpoint as (step, tree, meta).
+
+        Raises
+        ------
+        SnapshotError
+            There is none, or the anchor or the checkpoint is damaged, foreign, newer, or leads out of the folder.
+        """
+        path = self.folder / ANCHOR
+        anchor = read_json(path, "the anchor of the last clean checkpoint")
+        check_format(anchor, path)
+        name, digest = anchor.get("folder"), anchor.get("manifest_sha256")
+        if not isinstance(name, str) or not _SLOT_NAME.fullmatch(name) or not isinstance(digest, str):
+            raise SnapshotError(f"{path} names {name!r}, which is no checkpoint of this folder.")
+        return read_checkpoint(inside(self.folder, name), manifest_digest=digest)
+
+    def load(self, path: str | os.PathLike[str]) -> tuple[int, Any, dict[str, Any]]:
+        """Verify and return the checkpoint in the folder ``path`` as (step, tree, meta).
+
+        Raises
+        ------
+        SnapshotError
+            It is damaged, foreign or newer.
+        """
+        return read_checkpoint(Path(path))
+
+    def checkpoints(self) -> dict[Path, int]:
+        """Return the steps of all checkpoints with a readable manifest, oldest save first."""
+        found = []
+        for folder in sorted(self.folder.iterdir()):
+            if _SLOT_NAME.fullmatch(folder.name) and not folder.is_symlink():
+                try:
+                    manifest = read_manifest(folder)
+                except SnapshotError:
+                    continue
+                found.append((manifest.sequence, folder, manifest.step))
+        return {folder: step for _, folder, step in sorted(found)}
+
+    # -- the background thread's side ------------------------------------------------------------------------------
+
+    def _retire(self, job: _Job | None) -> None:
+        """Keep a job's buffers for the next copy."""
+        if job is not None and isinstance(job.source, Slot):
+            self._staging.append(job.source)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending is not None or self._closed)
+                job, self._pending = self._pending, None
+                if job is None:
+                    return
+                self._writing = True
+            error: Exception | None = None
+            try:
+                self._write(job)
+            except Exception as failure:
+                error = failure
+            with self._changed:
+                self.last_error = error
+                self._retire(job)
+                self._writing = False
+                self._changed.notify_all()
+
+    def _write(self, job: _Job) -> None:
+        if self._sequence is None:
+            self._sequence = self._recover()
+        temporary = self.folder / ".new"
+        try:
+            remove(temporary)
+            digest = write_checkpoint(
+                temporary,
+                step=job.step,
+                sequence=self._sequence + 1,
+                clean=job.clean,
+                tree=job.source.tree() if isinstance(job.source, Slot) else job.source,
+                meta=job.meta,
+                model_saver=job.model_saver,
+            )
+            with self._committing:
+                if self._frozen:
+                    return
+                self._put_in_place(temporary, job, digest)
+                self._sequence += 1
+            remove(self.folder / ".old")
+        finally:
+            with contextlib.suppress(OSError):
+                remove(temporary)
+
+    def _put_in_place(self, temporary: Path, job: _Job, digest: str) -> None:
+        name = self._next_name()
+        target, old = self.folder / name, self.folder / ".old"
+        if target.exists():
+            remove(old)
+            os.rename(target, old)
+        os.rename(temporary, target)
+        sync(self.folder)
+        if job.clean:
+            anchor = {
+                "format": FORMAT,
+                "version": VERSION,
+                "folder": name,
+                "step": job.step,
+                "manifest_sha256": digest,
+            }
+            replace_text(self.folder / ANCHOR, json.dumps(anchor, indent=1))
+
+    def _next_name(self) -> str:
+        """Choose an unused slot, else the oldest, but never the one that the anchor names."""
+        sequences = self._sequences()
+        kept = self._anchored()
+        names = [f"slot-{number}" for number in range(self._slots)]
+        return min((name for name in names if name != kept), key=lambda name: sequences.get(name, -1))
+
+    def _sequences(self) -> dict[str, int]:
+        sequences = {}
+        for folder in self.folder.iterdir():
+            if _SLOT_NAME.fullmatch(folder.name):
+                try:
+                    sequences[folder.name] = read_manifest(folder).sequence
+                except SnapshotError:
+                    sequences[folder.name] = 0
+        return sequences
+
+    def _anchored(self) -> str | None:
+        try:
+            return str(read_json(self.folder / ANCHOR, "the anchor")["folder"])
+        except (SnapshotError, KeyError):
+            return None
+
+    def _recover(self) -> int:
+        """Clean up after a process that died while writing; return the last sequence number used."""
+        remove(self.folder / ".new")
+        remove(self.folder / ".old")
+        return max(self._sequences().values(), default=0)
+
+
+def _detached(value: Any) -> Any:
+    """Copy a tree so that the training thread may change the original."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_detached(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple([_detached(item) for item in value])
+    return value.copy() if hasattr(value, "__array_interface__") else value

@@ -1,0 +1,11 @@
+"""Lists the packages: everything under kalmanguard/, and models/ under the name kalmanguard.models.
+
+setuptools can find packages by itself or map a folder to a name, but in pyproject.toml not both at once.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["kalmanguard", "kalmanguard.*"]), "kalmanguard.models"],
+    package_dir={"kalmanguard.models": "models"},
+)

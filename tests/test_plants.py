@@ -1,0 +1,405 @@
+"""The reference plants: they learn, repeat bit for bit, rewind, and touch nothing that is not theirs.
+
+Oracles: the quadratic's poles against the recurrence that torch's own SGD produces (float64, 1e-9), its Hessian against
+autograd; the splits against the files they come from.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.models import (
+    CharTransformerPlant,
+    CNNPlant,
+    HeavyBall,
+    MLPPlant,
+    Plant,
+    QuadraticPlant,
+    load_plant,
+    plant_names,
+)
+from kalmanguard.models.digits import load_digits
+from kalmanguard.models.recipe import make_schedule
+from kalmanguard.models.stdlib_text import VOCABULARY, load_text, windows
+
+PLANTS = [MLPPlant, CNNPlant, CharTransformerPlant, QuadraticPlant]
+
+
+def train(plant: Plant, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = plant.step_loss(next(plant.loader))
+        loss.backward()
+        plant.optimizer.step()
+        plant.optimizer.zero_grad()
+        if plant.scheduler is not None:
+            plant.scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def random_states() -> tuple[object, ...]:
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "steps", "below"),
+    [
+        # Fraction of the initial held-out loss; measured at most 0.087, 0.092, 0.086, 0.031, 0.022, 0.590, 0.586, 1e-6.
+        (MLPPlant, {}, 150, 0.1),
+        (MLPPlant, {"optimizer": "sgd"}, 150, 0.1),
+        (MLPPlant, {"optimizer": "sgd", "momentum": 0.0, "batch_size": 8}, 300, 0.15),
+        (CNNPlant, {}, 120, 0.05),
+        (CNNPlant, {"optimizer": "sgd"}, 120, 0.05),
+        (CharTransformerPlant, {}, 80, 0.62),
+        (CharTransformerPlant, {"optimizer": "sgd"}, 80, 0.62),
+        (QuadraticPlant, {}, 150, 1e-5),
+    ],
+)
+def test_plant_learns(make: type[Plant], options: dict[str, object], steps: int, below: float) -> None:
+    plant = make(seed=0, **options)
+    before = plant.held_out_loss()
+    train(plant, steps)
+    assert plant.held_out_loss() < below * before
+
+
+@pytest.mark.parametrize("make", PLANTS)
+def test_same_seed_is_the_same_run_bit_for_bit(make: type[Plant]) -> None:
+    runs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(11)  # dropout's stream, which belongs to the user
+        plant = make(seed=seed, noise=0.1) if make is QuadraticPlant else make(seed=seed)
+        runs.append(train(plant, 8))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize("make", PLANTS)
+def test_making_feeding_and_evaluating_leave_the_global_generators_alone(make: type[Plant]) -> None:
+    before = random_states()
+    plant = make(seed=5, schedule="cosine")
+    next(plant.loader)
+    plant.held_out_loss()
+    for _ in plant.probe_loader:
+        pass
+    assert random_states() == before
+
+
+def test_held_out_loss_leaves_no_trace() -> None:
+    plant = CNNPlant(seed=0)
+    train(plant, 3)
+    frozen = next(m for m in plant.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    frozen.eval()  # as in fine-tuning: flags must come back one by one, not by model.train()
+    flags = [m.training for m in plant.model.modules()]
+    state = {name: value.clone() for name, value in plant.model.state_dict().items()}
+    random_before = random_states()
+    first = plant.held_out_loss()
+    assert [m.training for m in plant.model.modules()] == flags
+    assert all(torch.equal(value, state[name]) for name, value in plant.model.state_dict().items())
+    assert random_states() == random_before
+    assert torch.is_grad_enabled()
+    assert plant.held_out_loss() == first
+
+
+# --- batch sources ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", PLANTS)
+def test_loader_rewinds_bit_exactly(make: type[Plant]) -> None:
+    loader = make(seed=2).loader
+    for _ in range(20):  # over the end of an epoch of digits
+        next(loader)
+    state = loader.state_dict()
+    ahead = [next(loader) for _ in range(5)]
+    loader.load_state_dict(state)
+    again = [next(loader) for _ in range(5)]
+    assert all(torch.equal(a, b) for x, y in zip(ahead, again, strict=True) for a, b in zip(x, y, strict=True))
+    fresh = make(seed=2).loader
+    fresh.load_state_dict(state)
+    assert torch.equal(next(fresh)[0], ahead[0][0])
+    assert iter(loader) is loader  # a second `for` goes on where the first one stopped
+
+
+def test_loader_refuses_the_state_of_another_stream() -> None:
+    state = MLPPlant(seed=1).loader.state_dict()
+    with pytest.raises(ConfigurationError, match="seed = 1, but this one has 2"):
+        MLPPlant(seed=2).loader.load_state_dict(state)
+
+
+def test_an_epoch_shows_every_example_once_in_a_fresh_order() -> None:
+    loader = MLPPlant(seed=0, batch_size=8).loader
+    epochs = [torch.cat([next(loader)[0] for _ in range(1097 // 8)]) for _ in range(2)]
+    assert not torch.equal(epochs[0], epochs[1])
+    train_rows = {tuple(row) for row in load_digits().train_inputs.tolist()}
+    for epoch in epochs:
+        rows = [tuple(row) for row in epoch.tolist()]
+        assert set(rows) <= train_rows
+        assert len(set(rows)) == len(rows)
+
+
+def test_changing_a_batch_in_place_harms_nobody_else() -> None:
+    for make in PLANTS:
+        first, second = make(seed=0), make(seed=0)
+        for x, _ in first.probe_loader:
+            x.zero_()
+        next(first.loader)[0].zero_()
+        assert all(bool(x.any()) for x, _ in second.probe_loader)
+        assert bool(next(second.loader)[0].any())
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_digit_splits_are_disjoint_fixed_and_standardised() -> None:
+    digits = load_digits()
+    splits = [digits.train_inputs, digits.probe_inputs, digits.held_out_inputs]
+    assert [len(split) for split in splits] == [1097, 350, 350]
+    rows = [tuple(row) for split in splits for row in split.tolist()]
+    assert len(set(rows)) == len(rows)  # the data set has no duplicates, so disjoint rows are disjoint examples
+    assert abs(float(digits.train_inputs.mean())) < 1e-5
+    assert abs(float(digits.train_inputs.std()) - 1) < 1e-5
+    assert all(len(targets.unique()) == 10 for targets in digits[1::2])
+    assert all(torch.equal(a, b) for a, b in zip(digits, load_digits(), strict=True))
+
+
+def test_text_is_the_library_in_order_cut_in_three() -> None:
+    text = load_text()
+    decoded = "".join(VOCABULARY[token] for token in text.train[:400].tolist())
+    first = Path(sysconfig.get_path("stdlib"), "__future__.py").read_text(encoding="ascii")
+    assert decoded == first[:400]
+    total = sum(map(len, text))
+    assert total > 3_000_000
+    assert len(text.train) == pytest.approx(0.8 * total, abs=2)
+    assert len(text.probe) == pytest.approx(0.1 * total, abs=2)
+    assert float((torch.cat(text) == 0).float().mean()) < 0.001  # hardly anything is outside the vocabulary
+    assert int(torch.cat(text).max()) < len(VOCABULARY)
+
+
+def test_text_windows_do_not_overlap_and_targets_are_one_ahead() -> None:
+    inputs, targets = windows(torch.arange(100), context=9, count=10)
+    assert torch.equal(targets, inputs + 1)
+    seen = torch.cat([inputs, targets[:, -1:]], dim=1).flatten()
+    assert len(seen.unique()) == len(seen)
+    with pytest.raises(ConfigurationError, match="at most 9"):
+        windows(torch.arange(100), context=10, count=10)
+    plant = CharTransformerPlant(seed=0)
+    inputs, targets = next(plant.loader)
+    assert inputs.shape == targets.shape == (16, 64)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_transformer_is_causal() -> None:
+    model = CharTransformerPlant(seed=0).model.eval()
+    tokens = torch.randint(len(VOCABULARY), (1, 64))
+    changed = tokens.clone()
+    changed[0, 40:] = (changed[0, 40:] + 1) % len(VOCABULARY)
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert before.shape == (1, 64, len(VOCABULARY))
+    assert torch.allclose(before[0, :40], after[0, :40], atol=1e-6)
+    assert not torch.allclose(before[0, 40:], after[0, 40:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "low", "high"),
+    [
+        (MLPPlant, {}, 26_122, 26_122),
+        (CNNPlant, {}, 15_418, 15_418),
+        (CharTransformerPlant, {}, 110_000, 130_000),
+        (CharTransformerPlant, {"size": "base"}, 3_100_000, 3_500_000),
+        (CharTransformerPlant, {"context": 32, "batch_size": 4}, 110_000, 130_000),
+    ],
+)
+def test_plants_have_the_stated_size_and_say_so(
+    make: type[Plant], options: dict[str, object], low: int, high: int
+) -> None:
+    plant = make(**options)
+    parameters = sum(p.numel() for p in plant.model.parameters())
+    assert low <= parameters <= high
+    assert f"{parameters:,} parameters" in plant.describe()
+    assert plant.describe().startswith(plant.name)
+    assert sum(len(y) for _, y in plant.probe_loader) >= 350
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def rates(name: str, steps: int, length: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = make_schedule(optimizer, name, steps=steps)  # type: ignore[arg-type]
+    assert scheduler is not None
+    seen = []
+    for _ in range(length):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_schedules_have_their_shapes() -> None:
+    cosine = rates("cosine", 100, 150)
+    assert cosine[0] == 2.0
+    assert all(a >= b for a, b in zip(cosine, cosine[1:], strict=False))
+    assert cosine[100:] == pytest.approx([0.1] * 50)
+    warm = rates("warmup-cosine", 100, 150)
+    assert warm[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert max(warm) == pytest.approx(2.0)
+    assert warm[-1] == pytest.approx(0.1)
+    restarts = rates("warm-restarts", 100, 100)
+    assert [i for i in range(1, 100) if restarts[i] > restarts[i - 1]] == [25, 50, 75]
+    assert [restarts[i] for i in (0, 25, 50, 75)] == [2.0] * 4
+
+
+# --- the quadratic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("gain", [0.001, 0.05, 0.9, 1.5, 1.95])  # learning rate times curvature
+def test_poles_are_those_of_torch_sgd(momentum: float, gain: float) -> None:
+    plant = QuadraticPlant(curvatures=(2.0,), lr=gain / 2, momentum=momentum)
+    path = [1.0]
+    for _ in range(40):
+        train(plant, 1)
+        path.append(plant.model.x.item())
+    x = np.array(path)
+    poles = plant.dynamics.poles()[0]
+    predicted = poles.sum().real * x[1:-1] - poles.prod().real * x[:-2]
+    assert x[2:] == pytest.approx(predicted, abs=1e-9 * np.abs(x).max())
+    # Not just some polynomial: the trajectory is the combination of the two powers that its start determines.
+    powers = np.stack([poles**0, poles**1])
+    if abs(poles[0] - poles[1]) > 1e-6:
+        weights = np.linalg.solve(powers, x[:2].astype(complex))
+        modes = (weights * poles ** np.arange(len(x))[:, None]).sum(axis=1)
+        assert x == pytest.approx(modes.real, abs=1e-9 * np.abs(x).max())
+
+
+@pytest.mark.parametrize(("share", "stable"), [(0.98, True), (1.02, False)])
+def test_stability_limit_separates_decay_from_growth(share: float, stable: bool) -> None:
+    limit = HeavyBall(curvatures=(1.0, 3.0), lr=0.1, momentum=0.9).stability_limit()
+    plant = QuadraticPlant(curvatures=(1.0, 3.0), lr=share * limit, momentum=0.9)
+    train(plant, 600)
+    grown = float(plant.model.x.detach().abs().max())
+    assert (grown < 1) is stable
+    assert bool((plant.dynamics.damping_ratios() > 0).all()) is stable
+
+
+@given(
+    gain=st.floats(1e-4, 6.0),
+    momentum=st.floats(0.0, 0.99),
+)
+def test_poles_solve_the_characteristic_polynomial(gain: float, momentum: float) -> None:
+    ball = HeavyBall(curvatures=(1.0,), lr=gain, momentum=momentum)
+    poles = ball.poles()[0]
+    linear = 1 + momentum - gain
+    assert np.abs(poles**2 - linear * poles + momentum).max() < 1e-9 * (1 + gain) ** 2
+    assert poles.prod().real == pytest.approx(momentum, abs=1e-12)
+    assert abs(poles[0]) >= abs(poles[1]) - 1e-12
+    damping, frequency = float(ball.damping_ratios()[0]), float(ball.natural_frequencies()[0])
+    radius = abs(poles[0])
+    if abs(radius - 1) > 1e-9:
+        assert (damping > 0) == (radius < 1) == (gain < ball.stability_limit())
+    if poles[0].imag > 1e-6:  # a conjugate pair: back from (zeta, omega) to the pole
+        s = -damping * frequency + 1j * frequency * math.sqrt(1 - damping**2)
+        assert np.exp(s) == pytest.approx(poles[0], abs=1e-9)
+
+
+def test_overdamped_poles_have_a_damping_ratio_above_one() -> None:
+    ball = HeavyBall(curvatures=(0.01, 1.0), lr=0.1, momentum=0.5)
+    assert ball.damping_ratios()[0] > 1 > ball.damping_ratios()[1] > 0
+
+
+def test_quadratic_is_the_bowl_it_claims() -> None:
+    curvatures = (4.0, 1.0, 0.25)
+    plant = QuadraticPlant(curvatures=curvatures, start=0.0)
+    x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    with torch.no_grad():
+        plant.model.x.copy_(x)
+    bowl = float((torch.tensor(curvatures) * x**2).sum() / 2)
+    assert plant.held_out_loss() == pytest.approx(bowl, rel=1e-12)
+    rows, zeros = plant.probe_loader[0]
+    hessian = torch.autograd.functional.hessian(lambda p: torch.nn.functional.mse_loss(rows @ p, zeros), x)
+    assert torch.allclose(hessian, torch.diag(torch.tensor(curvatures, dtype=torch.float64)), atol=1e-12)
+
+
+def test_gradient_noise_is_white_with_the_stated_deviation() -> None:
+    plant = QuadraticPlant(curvatures=(4.0, 0.25), noise=0.3, start=0.0)
+    draws = []
+    for _ in range(2000):
+        plant.step_loss(next(plant.loader)).backward()
+        draws.append(plant.model.x.grad.clone())
+        plant.optimizer.zero_grad()
+    noise = torch.stack(draws)
+    # Four standard errors of a mean, a standard deviation and a correlation from 2,000 draws.
+    assert float(noise.mean(0).abs().max()) < 4 * 0.3 / math.sqrt(2000)
+    assert torch.allclose(noise.std(0), torch.full((2,), 0.3, dtype=torch.float64), rtol=4 / math.sqrt(4000))
+    assert abs(float(torch.corrcoef(noise.T)[0, 1])) < 4 / math.sqrt(2000)
+    assert abs(float((noise[1:] * noise[:-1]).mean())) < 4 * 0.09 / math.sqrt(4000)
+
+
+# --- options and registry ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (MLPPlant, {"seed": -1}, "seed = -1"),
+        (MLPPlant, {"batch_size": 0}, "batch_size = 0"),
+        (MLPPlant, {"batch_size": 2000}, "exceeds the 1097"),
+        (MLPPlant, {"lr": 0.0}, "lr = 0"),
+        (MLPPlant, {"lr": math.nan}, "lr = nan"),
+        (MLPPlant, {"optimizer": "sgd", "momentum": 1.0}, "momentum = 1.0"),
+        (MLPPlant, {"optimizer": "adam"}, "no optimizer 'adam'"),
+        (CNNPlant, {"schedule": "linear"}, "no schedule 'linear'"),
+        (CNNPlant, {"schedule": "cosine", "steps": 5}, "steps = 5"),
+        (CharTransformerPlant, {"size": "huge"}, "no size 'huge'"),
+        (CharTransformerPlant, {"context": 1}, "context = 1"),
+        (CharTransformerPlant, {"context": 4096}, "do not fit"),
+        (QuadraticPlant, {"curvatures": ()}, "at least one"),
+        (QuadraticPlant, {"curvatures": (1.0, -1.0)}, "all positive"),
+        (QuadraticPlant, {"curvatures": (1.0,) * 64}, "at most 63"),
+        (QuadraticPlant, {"noise": -1.0}, "noise = -1.0"),
+    ],
+)
+def test_bad_options_are_refused(make: type[Plant], options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make(**options)
+
+
+def test_installed_plants_are_found_by_name() -> None:
+    assert {"mlp", "cnn", "chartransformer", "quadratic"} <= set(plant_names())
+    for name in ("mlp", "cnn", "chartransformer", "quadratic"):
+        plant = load_plant(name)(seed=1)
+        assert plant.name == name
+        assert math.isfinite(plant.step_loss(next(plant.loader)).item())
+
+
+def test_plants_of_other_packages_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "hangar-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hangar\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[kalmanguard.plants]\nglider = kalmanguard.models.quadratic:QuadraticPlant\nwreck = no_such_module:Plant\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert {"glider", "wreck"} <= set(plant_names())
+    assert load_plant("glider")().name == "quadratic"
+    with pytest.raises(ConfigurationError, match="'no_such_module:Plant', which cannot be loaded"):
+        load_plant("wreck")
+    with pytest.raises(ConfigurationError, match="no plant 'jet'; choose one of .*glider"):
+        load_plant("jet")
+
+
+def test_without_registration_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(ConfigurationError, match="install the package"):
+        load_plant("mlp")
