@@ -51,12 +51,18 @@ _QUIET = 5
 #: A learning rate above this many times its moving average has just been raised: a loss that rises is no drift then.
 _RAISED = 1.5
 _RATE_GAIN = 0.01
+#: Steps that a drift takes to lift the statistic out of what healthy training gives.
+_DRIFT_START = 8
 #: Shares of the give-back that count as harm when a drift alarm, or an innovation that lasts, stands behind it.
 _DRIFTED_SHARE = 0.25
 _EXPLAINED_SHARE = 0.5
 #: The same for a run that has just been restored, and the steps between its probes.
 _RECOVERING_SHARE = 0.125
 _RECOVERING_PROBES = 8
+#: Times ``hold`` after which a restored run that has not come back counts as harmed again.
+_PATIENT_HOLDS = 3
+#: Probes in a row, each above the one before, after which it counts so at once.
+_CLIMBS = 6
 #: Steps between probes while a learning rate is beyond what has been certified.
 _EXCURSION_PROBES = 4
 #: Edits of parameters between steps after which they count as the user's habit.
@@ -129,6 +135,8 @@ class Ledger(NamedTuple):
     skipped_in_a_row: int = 0
     tampered: int = 0
     lapsed: int = 0
+    last_y: float = math.inf
+    climbed: int = 0
 
 
 class EngineState(NamedTuple):
@@ -230,7 +238,7 @@ class Engine:
             )
             if drift is not None and drift.alarm and max(m.learning_rates, default=0.0) <= _RAISED * ledger.rate:
                 # The alarm comes long after the drift began: go back to before that.
-                began = m.step - ledger.drift.risen_for
+                began = m.step - ledger.drift.risen_for - _DRIFT_START
                 episode = episode._replace(drifted=True, onset=min(episode.onset, began))
             ledger = ledger._replace(episode=episode)
         wants = (
@@ -352,6 +360,7 @@ class Engine:
             slots=slots,
             ladder=ladder,
             skipped_in_a_row=0,
+            climbed=0,
             last_snapshot=m.step,
             last_probe=m.step,
         )
@@ -445,6 +454,15 @@ class Engine:
         )  # fmt: skip
         if strained:
             ledger, verdict = self._weigh(ledger, m, verdict)
+        if ledger.mode is Mode.RECOVERING and not self._is_back(ledger, y):
+            ledger = ledger._replace(climbed=ledger.climbed + 1 if y > ledger.last_y else 0)
+            overdue = m.step - ledger.ladder.restored_at >= _PATIENT_HOLDS * ledger.ladder.hold
+            if overdue or ledger.climbed >= _CLIMBS:
+                verdict = verdict._replace(
+                    harm=f"the held-out loss {y:.4g} moves away from the restored {ledger.ladder.level:.4g}, "
+                    f"{m.step - ledger.ladder.restored_at} steps after the last rollback"
+                )
+        ledger = ledger._replace(last_y=y)
         if not broken:
             e = e._replace(probe=self._probe.update(e.probe, y, floor))
         if accepted:
@@ -510,6 +528,11 @@ class Engine:
             f"{verdict.bound:.4g}) and {100 * min(give_back, 99.99):.0f} % of the progress is lost"
         )
         return ledger, verdict._replace(harm=harm)
+
+    def _is_back(self, ledger: Ledger, y: float) -> bool:
+        """Whether a restored run is where it was restored to, or better, within the probe's noise."""
+        line = self._rule.of(ledger.ladder.level, ledger.ladder.level, ledger.standard_error)
+        return not ledger.warm or y <= line.bound
 
     def _overfits(self, ledger: Ledger, m: Measurement, verdict: _Verdict) -> bool:
         state = ledger.drift
@@ -610,6 +633,7 @@ class Engine:
             ledger.mode is Mode.RECOVERING
             and verdict.accepted
             and self._ladder.recovered(ledger.ladder, m.step)
+            and self._is_back(ledger, verdict.y)
             and self._excursion.ratio(ledger.excursion, m.learning_rates) <= RATIO
         ):
             ledger = ledger._replace(mode=Mode.WATCHING)
@@ -704,8 +728,13 @@ class Engine:
             reason = f"Step {m.step}: {harm}; the state of step {target} is restored (rung {rung} of the ladder)."
         action = Action.HALT if rung is None else Action.ROLLBACK
         evict = tuple(s.step for s in state.ledger.slots if s.step not in {k.step for k in ledger.slots})
-        newer = tuple(s.step for s in ledger.slots if target is not None and s.step > target and not s.certified)
-        ledger = ledger._replace(proposed=True)
+        # States from after the onset are not trusted, whatever their probes said; nor are newer unprobed ones.
+        newer = tuple(
+            s.step
+            for s in ledger.slots
+            if target is not None and s.step != target and (s.step >= onset or (s.step > target and not s.certified))
+        )
+        ledger = ledger._replace(proposed=True, slots=tuple(s for s in ledger.slots if s.step not in newer))
         decision = Decision(
             m.step, action, action, Level.CONFIRMED, ledger.mode, reason, evidence or (_plain(harm),),
             certificate=self._status(ledger), statistics=statistics,
@@ -719,6 +748,9 @@ class Engine:
     def _probe_every(self, ledger: Ledger, step: int) -> int:
         every = self._cadence(ledger).probe_every
         # Warm-up ends with what its probes show, so it must not wait for a slow cadence.
+        if ledger.ladder.score:
+            # On probation until the ladder is settled: what was released may do harm again.
+            every = min(every, 2 * _RECOVERING_PROBES)
         warming = not ledger.warm and step <= 2 * self.settings.warmup_steps and self.settings.probe_every is None
         return min(every, 10) if warming else every
 

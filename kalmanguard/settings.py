@@ -54,6 +54,9 @@ class Settings(BaseModel):
     probe_every: int | None = Field(None, ge=1, description="steps between probes; measured when None")
     snapshot_every: int | None = Field(None, ge=1, description="steps between snapshots; measured when None")
     snapshot_bytes: int | None = Field(None, gt=0, description="memory for the ring; a quarter of what is free if None")
+    snapshots_on: Literal["host", "device", "disk"] = Field(
+        "host", description="where the ring lives; disk needs a run_dir, which is also used when memory is short"
+    )
     probe_examples: int = Field(128, ge=2, description="held-out examples that a probe evaluates")
     fresh_examples: int = Field(1024, ge=0, description="further held-out examples kept for the betting certificate")
     fault_rate: float = Field(2e-4, gt=0, lt=1, description="prior faults per step, for the Young-Daly interval")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import math
 import platform
 import statistics as stats
-import struct
+import sys
 import tempfile
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from kalmanguard import statefile
 from kalmanguard.actuators.actions import Recovery
 from kalmanguard.actuators.actuator import Actuator
 from kalmanguard.certificate.betting import LAMBDA_RULE, STAKE
+from kalmanguard.detectors.drift import RATES
 from kalmanguard.engine import STATISTICS, Engine, EngineState
 from kalmanguard.errors import (
     ConfigurationError,
@@ -47,13 +50,16 @@ from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.suite import SensorSuite, loss_value
 from kalmanguard.settings import PRESETS, Settings
+from kalmanguard.snapshots.memory import slots_for
 from kalmanguard.snapshots.state import TrainingState
 
 if TYPE_CHECKING:
     from kalmanguard.certificate.verify import Report
 
-_COSTS_AT = 25
-_pack_statistics = struct.Struct(f"<{len(STATISTICS)}d").pack
+#: Steps after which the sensors' own cost is fitted to the budget, and the cadences are set.
+_FIT_AT, _COSTS_AT = 5, 25
+#: Fewest examples that a probe is cut down to, and the probe interval that its size is fitted to.
+_SMALLEST_PROBE, _PROBE_INTERVAL = 32, 100
 
 
 class Supervisor:
@@ -174,7 +180,8 @@ class Supervisor:
         self.settings = Settings.of(settings)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.run_dir = Path(run_dir) if run_dir is not None else None
-        if self.settings.replay and not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        self._rewindable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        if self.settings.replay and not self._rewindable:
             raise ConfigurationError(
                 "settings.replay needs a loader with state_dict() and load_state_dict(); pass loader=..., for example a "
                 "StatefulDataLoader, or switch replay off."
@@ -210,8 +217,10 @@ class Supervisor:
                 optimizers=self._tap.optimizers,
                 schedulers=schedulers,
                 scaler=scaler,
-                loader=loader,
+                loader=loader if self._rewindable else None,
                 extras=self._extras,
+                device="same" if self.settings.snapshots_on == "device" else "host",
+                spill=self._spill_folder(),
             )
             recovery = self.settings.recovery or Recovery.preset(_preset_of(settings))
             self._actuator = Actuator(
@@ -223,18 +232,18 @@ class Supervisor:
                 extras=self._extras,
                 folder=self.run_dir / "checkpoints" if self.run_dir is not None else None,
             )
-            self._actuator.describe_state = self.state_dict
-            if self.settings.mode == "protect":
-                self._actuator.capacity()
+            self._actuator.describe_state = _weakly(self)
             self._journal = JournalWriter.resume(resume) if resume is not None else JournalWriter(self.run_dir)
         except BaseException:
             self._tap.close()
             raise
-        self._step = 0
+        self._step = self._started_at = 0
+        self._first_reading: ProbeReading | None = None
         self._objective = 0
         self._last: Decision | None = None
         self._first_error: str | None = None
         self._closed = False
+        self._exit = atexit.register(_at_exit, weakref.ref(self))
         self._step_s: list[float] = []
         self._probe_s: list[float] = []
         self._own_s = self._total_s = 0.0
@@ -295,6 +304,8 @@ class Supervisor:
 
     def _advance(self, loss: Tensor | float | None) -> Decision:
         self._step += 1
+        if self._step == _FIT_AT:
+            self._fit_sensors()
         measurement = self._suite.measure(
             self._step, loss_value(loss), costs=self._measured_costs(), objective=self._objective
         )
@@ -380,16 +391,42 @@ class Supervisor:
     def _begin(self) -> None:
         """Before the very first optimizer step: the state that everything can fall back to, and y_0."""
         try:
-            reading = self._read_probe()
-            measurement = Measurement(step=self._step, probe=reading, objective=self._objective)
-            self._state, decision = self._engine.step(self._state, measurement)
-            self._record(measurement, decision)
-            if self.settings.mode == "protect":
-                self._actuator.keep(decision.orders, self._step)
-                if decision.orders.certified:
-                    self._actuator.checkpoint(self._step, clean=True)
+            self._first_reading = self._read_probe()
+            self._start(self._first_reading)
         except Exception as fault:
             self._degrade(fault)
+
+    def _start(self, reading: ProbeReading) -> None:
+        measurement = Measurement(step=self._started_at, probe=reading, objective=self._objective)
+        self._state, decision = self._engine.step(self._state, measurement)
+        self._record(measurement, decision)
+        if self.settings.mode == "protect" and self._started_at not in self._actuator.ring.steps():
+            self._actuator.keep(decision.orders, self._started_at)
+            if decision.orders.certified:
+                self._actuator.checkpoint(self._started_at, clean=True)
+
+    def _fit_sensors(self) -> None:
+        """Once, early in warm-up: a probe and a sketch that cost more than their share of a step are thinned out.
+
+        The engine then starts anew, from the first reading on the smaller probe: nothing was learned yet.
+        """
+        settings = self.settings
+        if self._first_reading is None or "probe_examples" in settings.model_fields_set:
+            return
+        share = settings.budget / 2.0
+        step_s = stats.median(self._step_s[1:])
+        allowed = _PROBE_INTERVAL * share * step_s / min(self._probe_s)
+        size = max(min(_SMALLEST_PROBE, self._probe.size), min(self._probe.size, int(allowed * self._probe.size)))
+        stride = 1 if self._suite.sketch_s() <= share * step_s else 2
+        if size == self._probe.size and stride == self._suite.stride:
+            return
+        self._probe.shrink(size)
+        self._suite.stride = stride
+        self._journal.record(
+            "note", self._step, {"reset": True, "probe_examples": size, "probe": self._probe.digest, "stride": stride}
+        )
+        self._state = self._engine.init()
+        self._start(ProbeReading(self._first_reading.losses[:size]))
 
     def _before_step(self) -> None:
         self._suite.before_step()
@@ -403,7 +440,7 @@ class Supervisor:
 
     def _record(self, measurement: Measurement, decision: Decision) -> None:
         try:
-            self._journal.step(measurement, decision, _pack_statistics(*decision.statistics))
+            self._journal.step(measurement, decision)
         except JournalError as error:
             self._note_error(f"the journal can no longer be written: {error}")
 
@@ -418,10 +455,41 @@ class Supervisor:
         # The first steps pay for allocations and compilations that the others do not.
         step_s = stats.median(self._step_s[2:] or self._step_s)
         capture_s = min(self._actuator.capture_s) if self._actuator.capture_s else 0.0
-        slots = self._actuator.capacity() if self.settings.mode == "protect" else 2
+        slots = self._capacity()
         self._costs = Costs(step_s, stats.median(self._probe_s), capture_s, slots)
         self._step_s.clear()
         return self._costs
+
+    def _capacity(self) -> int:
+        if self.settings.mode != "protect":
+            return 2
+        try:
+            return self._actuator.capacity()
+        except SnapshotError as error:
+            # It was estimated at construction; with two slots the ring still works, at more memory than was allowed.
+            self._note_error(str(error))
+            return 2
+
+    def _spill_folder(self) -> Path | None:
+        """Where the ring lives on disk; ``None`` when it lives in memory, which must then hold two snapshots."""
+        settings = self.settings
+        if settings.mode != "protect" or settings.snapshots_on == "device":
+            return None
+        folder = self.run_dir / "ring" if self.run_dir is not None else None
+        if settings.snapshots_on == "disk":
+            if folder is None:
+                raise ConfigurationError('snapshots_on = "disk" needs a run_dir to keep them in.')
+            return folder
+        # Before the first step there is no optimizer state yet: Adam's two moments are what to expect.
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        whole = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
+        try:
+            slots_for(whole + 2 * trained, settings.snapshot_bytes)
+        except SnapshotError:
+            if folder is None:
+                raise
+            return folder
+        return None
 
     # -- by hand -------------------------------------------------------------------------------------------------
 
@@ -560,7 +628,7 @@ class Supervisor:
     def recommended_clip_value(self) -> float:
         """Gradient norm that healthy steps stay below: three deviations above its trend; inf while unknown."""
         trend = self._state.estimators.gradient
-        if trend.gaussian is None or trend.scale.count < 10:
+        if trend.gaussian is None or trend.scale.seen < 10:
             return math.inf
         return math.exp(trend.gaussian.level + 3.0 * trend.scale.deviation)
 
@@ -702,6 +770,8 @@ class Supervisor:
             "objective": self._objective,
             "engine": statefile.dump(self._state),
             "probe": self._probe.digest,
+            "probe_examples": self._probe.size,
+            "stride": self._suite.stride,
             "tally": dict(self._tally),
         }
 
@@ -711,17 +781,22 @@ class Supervisor:
             raise ConfigurationError(
                 f"The supervisor's saved state has format {state.get('format')!r}; this version reads format 1."
             )
-        if state["probe"] != self._probe.digest:
+        if state["probe"] != self._probe.digest_of(int(state["probe_examples"])):
             raise ConfigurationError(
                 "The saved state belongs to another probe set; pass the same probe_loader, or call reset()."
             )
         loaded = statefile.load(state["engine"])
+        # Its own wealth begins anew, so that a third party can follow it from the journal.
+        drift = loaded.ledger.drift._replace(wealth=(0.0,) * len(RATES))
         for step in self._actuator.ring.steps():
             self._actuator.ring.evict(step)
         self._state = loaded._replace(
-            ledger=loaded.ledger._replace(slots=(), episode=None, last_snapshot=-(1 << 40)), saved=()
+            ledger=loaded.ledger._replace(slots=(), episode=None, last_snapshot=-(1 << 40), drift=drift), saved=()
         )
         self._step, self._objective = int(state["step"]), int(state["objective"])
+        self._started_at = self._step
+        self._probe.shrink(int(state["probe_examples"]))
+        self._suite.stride = int(state["stride"])
         self._tally = Counter({str(k): int(v) for k, v in state["tally"].items()})
         self._suite.interrupt()
 
@@ -730,6 +805,7 @@ class Supervisor:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self._exit)
         self._tap.close()
         try:
             certified = [s.step for s in self._state.ledger.slots if s.certified]
@@ -836,7 +912,7 @@ class Supervisor:
         if store is None:
             raise SnapshotError("A run without a run folder has no checkpoint to resume from.")
         step, tree, meta = store.load_last_clean()
-        self._actuator.state.load_tree(tree, rng=True, schedule=True, data=True)
+        self._actuator.state.load_tree(tree, rng=True, schedule=True, data=self._rewindable)
         self.load_state_dict(meta)
         self._journal.record("resume", step, {"step": step, "engine": statefile.dump(self._state)})
 
@@ -880,6 +956,28 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self.resume()
+
+
+def _weakly(supervisor: Supervisor) -> Callable[[], dict[str, Any]]:
+    own = weakref.ref(supervisor)
+
+    def state() -> dict[str, Any]:
+        alive = own()
+        return alive.state_dict() if alive is not None else {}
+
+    return state
+
+
+def _at_exit(own: weakref.ref[Supervisor]) -> None:
+    """A program that ends without `close`: finish what its threads do, which the interpreter would tear down."""
+    supervisor = own()
+    if supervisor is None:
+        return
+    if getattr(sys, "last_value", None) is None:
+        supervisor.close()
+    else:
+        # It died of an exception: the journal must read INCOMPLETE.
+        supervisor._actuator.close()
 
 
 def _preset_of(settings: object) -> str:

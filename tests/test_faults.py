@@ -104,7 +104,9 @@ EVERY_FAULT: dict[str, Callable[[FaultInjector], FaultInjector]] = {
 
 @pytest.mark.parametrize("kind", EVERY_FAULT)
 def test_every_fault_acts_at_its_step_and_leaves_the_steps_before_untouched(kind: str) -> None:
-    clean = train(CNNPlant(seed=0))
+    reference = CNNPlant(seed=0)
+    unhooked = hooks(reference)
+    clean = train(reference)
     injector = EVERY_FAULT[kind](FaultInjector(seed=1).at(AT))
     plant, path = faulted(injector, CNNPlant)
     # Poisoned statistics are not used in training: there the parameters never differ.
@@ -112,7 +114,7 @@ def test_every_fault_acts_at_its_step_and_leaves_the_steps_before_untouched(kind
     assert injector.log[0].step == AT
     assert {record.kind for record in injector.log} == {kind}
     assert f"step {AT}: {kind}" in injector.describe()
-    assert sum(hooks(plant)) == 0
+    assert hooks(plant) == unhooked
 
 
 @pytest.mark.parametrize("kind", EVERY_FAULT)
@@ -194,17 +196,17 @@ def test_gradient_scale_multiplies_the_accumulated_gradient_once(parts: int, thr
             seen.append(torch.cat([p.grad.flatten() for p in plant.model.parameters()]))
             plant.optimizer.step()
             plant.optimizer.zero_grad()
+        if injector is not None:
+            injector.detach()
         return seen
 
     clean = gradients(None)
     injector = FaultInjector().at(2).gradient_scale(1000, steps=2)
     bad = gradients(injector)
     assert torch.equal(bad[0], clean[0])
-    for step in (1, 2):  # rounding differs, for 1000 (a + b) is 1000 a + 1000 b only nearly
-        assert torch.allclose(bad[step], 1000 * clean[step], rtol=1e-4, atol=1e-5)
-    assert torch.allclose(bad[3], clean[3], rtol=1e-3, atol=1e-6)
+    for step, factor in ((1, 1000), (2, 1000), (3, 1)):  # rounding: 1000 (a + b) is 1000 a + 1000 b only nearly
+        assert float((bad[step] - factor * clean[step]).norm()) < 1e-5 * factor * float(clean[step].norm())
     assert [record.step for record in injector.log] == [2, 3]
-    injector.detach()
 
 
 def test_nan_gradients_reach_the_users_own_clipping() -> None:
@@ -414,7 +416,7 @@ def test_state_faults_strike_between_steps_and_never_in_a_probe() -> None:
     train(plant, 2)  # not through batches(): the forward pass is what begins a step
     before = parameters(plant.model)
     plant.held_out_loss()
-    inputs, targets = next(plant.loader)
+    inputs, _ = next(plant.loader)
     with torch.no_grad():
         plant.model(inputs)  # in training mode, but no training
     plant.model.eval()
@@ -533,7 +535,9 @@ def test_bit_flip_in_a_moment(target: str, key: str) -> None:
     weights = parameters(plant.model)
     injector.draw(next(plant.loader))
     injector.detach()
-    changed = {k: sum(int((a != b).sum()) for a, b in zip(before[k], moments(plant.optimizer, k), strict=True)) for k in before}
+    changed = {
+        k: sum(int((a != b).sum()) for a, b in zip(before[k], moments(plant.optimizer, k), strict=True)) for k in before
+    }
     assert changed == {"exp_avg": 0, "exp_avg_sq": 0, key: 1}
     assert injector.log[0].details["tensor"] == f"layers.4.weight.{key}"
     assert torch.equal(parameters(plant.model), weights)
@@ -583,7 +587,7 @@ def test_garbage_batch_keeps_shape_dtype_range_and_labels_but_no_meaning() -> No
 
 
 def test_garbage_tokens_are_tokens_and_ignored_positions_stay_ignored() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(5, 50, (8, 32))
     garbage = GarbageBatch().corrupt_input(tokens, generator)
     assert garbage.dtype == tokens.dtype
@@ -661,7 +665,9 @@ def test_batches_of_any_usual_form_keep_it(batch: Any) -> None:
     assert repr(batch) == repr(original)
 
     def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
+        )
         for key, item in items:
             yield from leaves(item, f"{name}.{key}")
         if not isinstance(value, dict | tuple | list):
@@ -702,8 +708,7 @@ def test_accumulated_batches_of_a_step_are_all_faulty_and_all_different() -> Non
     with injector.attach(model, optimizer):
         source = iter(injector.batches([batch] * 9))
         for _ in range(3):
-            for _ in range(3):
-                drawn.append(next(source)[0])
+            drawn += [next(source)[0] for _ in range(3)]
             optimizer.step()
     assert [torch.equal(x, batch[0]) for x in drawn] == [True] * 3 + [False] * 3 + [True] * 3
     assert not torch.equal(drawn[3], drawn[4])
@@ -738,10 +743,15 @@ def test_detaching_in_the_middle_of_a_faulty_step_removes_everything() -> None:
     plant = MLPPlant(seed=0)
     before = hooks(plant)
     injector = FaultInjector().at(1).nan_gradient().lr_spike(50)
-    with pytest.raises(KeyError), injector.attach(plant.model, plant.optimizer):
-        plant.step_loss(injector.draw(next(plant.loader)))
-        assert sum(hooks(plant)) == sum(before) + 3 + 2 * 6  # three for the run, two per parameter for this step
-        raise KeyError("a bug in the loop")
+
+    def loop() -> None:
+        with injector.attach(plant.model, plant.optimizer):
+            plant.step_loss(injector.draw(next(plant.loader)))
+            assert sum(hooks(plant)) == sum(before) + 3 + 2 * 6  # three for the run, two per parameter for this step
+            raise KeyError("a bug in the loop")
+
+    with pytest.raises(KeyError):
+        loop()
     assert hooks(plant) == before
     injector.detach()  # again, without harm
     assert hooks(plant) == before
@@ -749,9 +759,10 @@ def test_detaching_in_the_middle_of_a_faulty_step_removes_everything() -> None:
 
 def test_gradient_hooks_exist_during_the_faulty_step_only() -> None:
     plant = MLPPlant(seed=0)
+    before = sum(hooks(plant))
+    counts: list[int] = []
     with FaultInjector().at(2).nan_gradient().attach(plant.model, plant.optimizer):
-        counts = []
-        train(plant, 3, before_step=lambda step: counts.append(sum(hooks(plant))))
+        train(plant, 3, before_step=lambda step: counts.append(sum(hooks(plant)) - before))
     assert counts == [3, 15, 3]
 
 
@@ -851,10 +862,11 @@ def test_faults_that_cannot_act_are_refused_when_attaching(
     options: dict[str, Any], add: Callable[[FaultInjector], FaultInjector], message: str
 ) -> None:
     plant = MLPPlant(seed=0, **options)
+    before = hooks(plant)
     injector = add(FaultInjector().at(5))
     with pytest.raises(ConfigurationError, match=message):
         injector.attach(plant.model, plant.optimizer)
-    assert sum(hooks(plant)) == 0
+    assert hooks(plant) == before
 
 
 def test_moments_before_the_first_step_are_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sysconfig
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -249,7 +250,7 @@ def rates(name: str, steps: int, length: int) -> list[float]:
 def test_schedules_have_their_shapes() -> None:
     cosine = rates("cosine", 100, 150)
     assert cosine[0] == 2.0
-    assert all(a >= b for a, b in zip(cosine, cosine[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(cosine))
     assert cosine[100:] == pytest.approx([0.1] * 50)
     warm = rates("warmup-cosine", 100, 150)
     assert warm[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
@@ -395,7 +396,7 @@ def test_plants_of_other_packages_are_found(tmp_path: Path, monkeypatch: pytest.
     assert load_plant("glider")().name == "quadratic"
     with pytest.raises(ConfigurationError, match="'no_such_module:Plant', which cannot be loaded"):
         load_plant("wreck")
-    with pytest.raises(ConfigurationError, match="no plant 'jet'; choose one of .*glider"):
+    with pytest.raises(ConfigurationError, match=r"no plant 'jet'; choose one of .*glider"):
         load_plant("jet")
 
 

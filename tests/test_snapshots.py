@@ -5,6 +5,7 @@ Oracle: the run itself. What follows a restore must be bitwise what followed the
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -248,6 +249,9 @@ def test_numpy_deviates_used_up_between_captures_are_noticed() -> None:
     run.state.restore(second)
     assert np.random.randn() == following
     run.state.restore(first)
+    third = run.state.capture()  # the same words as in the second, but the deviate is pending again
+    assert np.random.randn() == pending
+    run.state.restore(third)
     assert np.random.randn() == pending
 
 
@@ -466,19 +470,46 @@ def test_a_compiled_model_is_the_original_one() -> None:
     assert plain.digest() == plain.digest(slot)
 
 
-def test_replaced_storage_and_replaced_optimizer_state_are_noticed() -> None:
+@pytest.mark.parametrize("what", ["storage", "optimizer state"])
+def test_what_was_replaced_since_the_last_capture_is_noticed(what: str) -> None:
     run = Run()
     run.step(2)
     slot = run.state.capture()
-    run.model[0].weight.data = run.model[0].weight.data.clone() + 1
-    run.optimizers[0].load_state_dict(run.optimizers[0].state_dict())
+    if what == "storage":
+        run.model[0].weight.data = run.model[0].weight.data.clone() + 1
+    else:
+        run.optimizers[0].load_state_dict(copy.deepcopy(run.optimizers[0].state_dict()))
     run.step()
-    digest = run.state.digest()
     run.state.capture(slot)
-    assert run.state.digest(slot) == digest
+    moments = run.optimizers[0].state[run.model[0].weight]
+    expected = [run.model[0].weight.detach().clone(), moments["exp_avg"].clone()]
     run.step()
     run.state.restore(slot)
-    assert run.state.digest() == digest
+    assert same([run.model[0].weight.detach(), moments["exp_avg"]], expected)
+
+
+def test_parameters_that_are_tied_or_untied_by_their_data_are_noticed() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    left, right = model[0].weight, model[1].weight
+    right.data = left.data
+    state = TrainingState(model, optimizers=[], schedulers=[])
+    tied = state.capture()
+    size = tied.nbytes
+    right.data = left.data.clone() + 1
+    digest = state.digest()
+    untied = state.capture()
+    assert untied.nbytes == size + 36
+    nn.init.zeros_(left)
+    nn.init.zeros_(right)
+    state.restore(untied)
+    assert state.digest() == digest == state.digest(untied)
+    state.restore(tied)
+    assert state.digest() == state.digest(tied)
+    right.data = left.data
+    with pytest.raises(SnapshotError, match="shares memory now that it did not share then"):
+        state.restore(untied)
+    right.data = torch.zeros(2, 2)
+    assert state.capture().nbytes == size + 16
 
 
 def test_gradients_belong_to_the_state_only_if_asked() -> None:
@@ -931,6 +962,39 @@ def test_slots_are_never_reused_while_they_are_digested() -> None:
         assert wrong == []
 
 
+class SlowDigests:
+    """A training state whose digests take until the gate opens."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self.inner = state
+        self.started, self.gate = threading.Event(), threading.Event()
+
+    def section_digests(self, slot: Any) -> Any:
+        self.started.set()
+        assert self.gate.wait(10)
+        return self.inner.section_digests(slot)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("use", [Ring.evict, Ring.restore, Ring.digest])
+def test_whoever_needs_a_slot_waits_for_its_digest(use: Callable[[Ring, int], object]) -> None:
+    state = SlowDigests(TrainingState(nn.Linear(2, 2), optimizers=[], schedulers=[]))
+    with Ring(state, slots=2) as ring:  # type: ignore[arg-type]
+        ring.capture(1)
+        ring.certify(1)
+        assert state.started.wait(10)
+        ring.capture(2)  # another slot is free to use
+        waiting = threading.Thread(target=use, args=(ring, 1))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        state.gate.set()
+        waiting.join(10)
+        assert not waiting.is_alive()
+
+
 def test_a_failed_capture_gives_the_slot_back() -> None:
     keeper = Keeper()
     state = TrainingState(nn.Linear(2, 2), optimizers=[], schedulers=[], extras={"keeper": keeper})
@@ -1000,7 +1064,7 @@ def test_the_number_of_slots_follows_the_budget() -> None:
 # -- accelerator -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", ["host", "same"])
 def test_cuda_states_are_copied_beside_the_computation_and_come_back(device: Any) -> None:
     torch.manual_seed(0)

@@ -179,4 +179,4 @@ class Actuator:
         if not callable(getattr(self._model, "save_pretrained", None)):
             return None
         tokenizer = next((o for o in self._extras.values() if hasattr(o, "save_pretrained")), None)
-        return pretrained_saver(self._model, self.state.tree(self.ring.slot(step)), tokenizer)
+        return pretrained_saver(self._model, self.ring.slot(step).tree(), tokenizer)

@@ -8,8 +8,6 @@ from typing import NamedTuple
 RUNGS = 3
 #: A relapse within so many steps of a restore means that the cause is still there: trying again is cheap.
 _AT_ONCE = 3
-#: What one relapse weighs that took longer: the run was given time, and lost it.
-_SLOW = 4
 
 
 class LadderState(NamedTuple):
@@ -39,7 +37,8 @@ class Ladder:
         """What a rollback at ``step`` adds to the score."""
         if state.score == 0 or step - state.restored_at <= _AT_ONCE:
             return 1
-        return _SLOW
+        # The run was given time and lost it again: the next rung's turn.
+        return self._budget // RUNGS + 1
 
     def rung(self, state: LadderState, step: int) -> int | None:
         """Rung of a rollback at ``step``; ``None`` when the budget is spent and the run must halt."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 #: Uncertified states that may wait in the ring for a probe.
 CANDIDATES = 2
+_SMALL_RING = 4
 
 
 class Slot(NamedTuple):
@@ -21,7 +22,7 @@ class Slot(NamedTuple):
 def to_evict(slots: Iterable[Slot], now: int, capacity: int, *, certified: bool) -> tuple[int, ...]:
     """Steps to give up before a state of step ``now`` is captured, so that at most ``capacity`` remain with it.
 
-    A certified capture supersedes the candidates. Of the certified states the newest and the best are kept; among the
+    In a small ring a certified capture supersedes the candidates. Of the certified states the newest and the best are kept; among the
     others the one goes whose neighbours in age are closest in ratio.
 
     Examples
@@ -33,7 +34,9 @@ def to_evict(slots: Iterable[Slot], now: int, capacity: int, *, certified: bool)
     kept = list(slots)
     gone: list[int] = []
     candidates = [s for s in kept if not s.certified]
-    surplus = candidates if certified else candidates[: max(0, len(candidates) - CANDIDATES + 1)]
+    # A candidate may lie before an onset that a later, certified state lies behind: where there is room, it is kept.
+    room = 0 if certified and capacity <= _SMALL_RING else CANDIDATES - (not certified)
+    surplus = candidates[: max(0, len(candidates) - room)]
     for slot in surplus:
         kept.remove(slot)
         gone.append(slot.step)

@@ -13,8 +13,8 @@ RATES = (0.05, 0.1, 0.2, 0.4)
 #: Level of the reference, in standard deviations above the lowest filtered loss; healthy noise lies below on average.
 MARGIN = 0.75
 _GAIN = 0.05
-#: A statistic below this is what the null gives after a few steps.
-_SMALL = 10.0
+#: Below this share of the run length the statistic is what healthy training gives.
+_SMALL_FRAC = 0.005
 _MEMORY = 100
 
 
@@ -68,7 +68,7 @@ class DriftTest:
         if state.level is None:
             return state._replace(level=loss), None, None
         deviation = loss - state.level
-        known = state.scale.count >= 20
+        known = state.scale.seen >= 20
         result = evidence = None
         wealth, risen_for = state.wealth, 0
         reset = not any(wealth)
@@ -80,7 +80,7 @@ class DriftTest:
             wealth = tuple((1.0 + rate * x) * (m + 1.0) for rate, m in zip(RATES, wealth, strict=True))
             statistic = sum(wealth) / len(RATES)
             alarm = statistic >= self.run_length
-            risen_for = state.risen_for + 1 if statistic >= _SMALL else 0
+            risen_for = state.risen_for + 1 if statistic >= _SMALL_FRAC * self.run_length else 0
             result = DriftResult(x, statistic, alarm, reset)
             if alarm:
                 evidence = Evidence(

@@ -13,7 +13,7 @@ class Scale(NamedTuple):
     """Exponentially weighted mean square of innovations, and how many went into it."""
 
     variance: float = 0.0
-    count: int = 0
+    seen: int = 0
 
     @property
     def deviation(self) -> float:
@@ -28,7 +28,7 @@ def track(scale: Scale, innovation: float, memory: int) -> Scale:
     factor d_k in Sage and Husa, "Adaptive filtering with unknown prior statistics", 1969). The first three enter
     unclipped: there is nothing yet to clip by.
     """
-    n = scale.count + 1
+    n = scale.seen + 1
     square = innovation * innovation
     if n > 3:
         square = min(square, CLIP * CLIP * scale.variance)

@@ -61,7 +61,7 @@ class ProbeFilter:
         if ahead is None:
             return None
         spread = (ahead.covariance.level + 1.0) ** 0.5
-        return ProbePrediction(ahead.level, max(state.scale.deviation * spread, floor), state.scale.count >= 3)
+        return ProbePrediction(ahead.level, max(state.scale.deviation * spread, floor), state.scale.seen >= 3)
 
     def update(self, state: ProbeState, value: float, floor: float) -> ProbeState:
         """Take in one finite probe mean."""
@@ -72,7 +72,7 @@ class ProbeFilter:
         spread = (ahead.covariance.level + 1.0) ** 0.5
         scale = max(state.scale.deviation * spread, floor)
         # Only upward outliers are clipped: a loss that falls faster than predicted is no fault, and must be followed.
-        clipped = min(innovation, CLIP * scale) if state.scale.count >= 3 else innovation
+        clipped = min(innovation, CLIP * scale) if state.scale.seen >= 3 else innovation
         return state._replace(
             gaussian=update(ahead, clipped),
             scale=track(state.scale, innovation / spread, _MEMORY),

@@ -22,7 +22,7 @@ class TrajectoryState(NamedTuple):
     variance: float = 1.0
     energy: float = 0.0
     energy_square: float = 0.0
-    count: int = 0
+    seen: int = 0
 
 
 class TrajectoryInnovation(NamedTuple):
@@ -70,8 +70,8 @@ class TrajectoryFilter:
         q = float(np.dot(innovation, innovation))
         ahead = state.variance + _DRIFT
         gain = ahead / (ahead + 1.0)
-        n = state.count + 1
-        known = state.count >= 5 and state.energy > 0
+        n = state.seen + 1
+        known = state.seen >= 5 and state.energy > 0
         result = None
         clipped = q
         if known:

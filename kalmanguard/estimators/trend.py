@@ -46,7 +46,7 @@ class TrendFilter:
     >>> for value in (3.0, 2.9, 2.8, 2.7, 2.6):
     ...     state, innovation = trend.step(state, value)
     >>> state, innovation = trend.step(state, 4.0)
-    >>> innovation.value > 1.3
+    >>> innovation.value > 1.0
     True
     """
 
@@ -75,8 +75,8 @@ class TrendFilter:
         floor = max(self._floor, self._floor_frac * abs(ahead.level))
         scale = max(state.scale.deviation * spread, floor)
         # Before the scale is known there is nothing to clip by.
-        clipped = innovation if state.scale.count < 3 else max(-CLIP * scale, min(CLIP * scale, innovation))
+        clipped = innovation if state.scale.seen < 3 else max(-CLIP * scale, min(CLIP * scale, innovation))
         return (
             TrendState(update(ahead, clipped), track(state.scale, innovation / spread, self._memory)),
-            Innovation(self.channel, innovation, scale if state.scale.count else max(abs(innovation), floor)),
+            Innovation(self.channel, innovation, scale if state.scale.seen else max(abs(innovation), floor)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,22 +25,26 @@ class IntegritySensor:
 
     Notes
     -----
-    Detection latency of a silent change of one element, when it does not show in the sketch: the number of slices,
-    ``sum ceil(numel / 4096)``, in steps. Cost: about 15 us a step, independent of the model's size but for the
-    counters (0.05 us a parameter).
+    Slices are compared at every other step, so the detection latency of a silent change of one element that does not
+    show in the sketch is twice the number of slices, ``2 sum ceil(numel / 4096)``, in steps. Cost: about 10 us a step,
+    independent of the model's size but for the counters (0.05 us a parameter).
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
         self._turn = 0
         self._versions: list[int] = []
-        self._kept: list[tuple[str, Tensor, Tensor, int]] = []
+        self._kept: list[tuple[str, Tensor, Tensor, Tensor, int]] = []
         self._slice = 0
+        self._even = False
 
     def remember(self, optimizers: Sequence[Optimizer]) -> None:
         """Note what the next step must start from; called when the step's work is done."""
         self._versions = [p._version for p in self._parameters]
         self._kept = []
+        self._even = not self._even
+        if self._even:
+            return
         parameter = self._parameters[self._turn]
         kept = [("parameters", parameter)]
         for optimizer in optimizers:
@@ -53,7 +58,7 @@ class IntegritySensor:
         for name, tensor in kept:
             part = self._part(tensor)
             if part is not None:
-                self._kept.append((name, tensor, part.clone(), tensor._version))
+                self._kept.append((name, tensor, part, part.clone(), tensor._version))
         self._advance(parameter)
 
     def check(self) -> tuple[str, ...]:
@@ -61,10 +66,7 @@ class IntegritySensor:
         found: list[str] = []
         if any(p._version != v for p, v in zip(self._parameters, self._versions, strict=False)):
             found.append("parameters")
-        for name, tensor, before, version in self._kept:
-            part = self._part(tensor, self._checked)
-            if part is None or part.shape != before.shape:
-                continue
+        for name, tensor, part, before, version in self._kept:
             if not torch.equal(part, before) and not _both_nan(part, before):
                 kind = "parameters" if name == "parameters" else "moments"
                 found.append(kind if tensor._version != version else f"silent {kind}")
@@ -79,24 +81,21 @@ class IntegritySensor:
     @property
     def latency_steps(self) -> int:
         """Steps after which every slice of every parameter has been compared once."""
-        return sum(-(-p.numel() // _SLICE) for p in self._parameters)
+        return 2 * sum(-(-p.numel() // _SLICE) for p in self._parameters)
 
-    def _part(self, tensor: Tensor, at: int | None = None) -> Tensor | None:
-        start = (self._slice if at is None else at) * _SLICE
+    def _part(self, tensor: Tensor) -> Tensor | None:
         detached = tensor.detach()
         if not detached.is_contiguous():
-            detached = detached.contiguous()
+            return None
         flat = detached.view(-1)
+        start = self._slice * _SLICE
         return flat[start : start + _SLICE] if start < flat.numel() else None
 
     def _advance(self, parameter: Tensor) -> None:
-        self._checked = self._slice
         self._slice += 1
         if self._slice * _SLICE >= parameter.numel():
             self._slice = 0
             self._turn = (self._turn + 1) % len(self._parameters)
-
-    _checked = 0
 
 
 def _both_nan(part: Tensor, before: Tensor) -> bool:
@@ -106,5 +105,6 @@ def _both_nan(part: Tensor, before: Tensor) -> bool:
 def _sane(part: Tensor, before: Tensor) -> bool:
     if not part.is_floating_point():
         return True
-    low, high = part.aminmax()
-    return bool(torch.isfinite(high) & (low >= 0)) and bool(high > 0 or not before.any())
+    low, high = (float(v) for v in part.aminmax())
+    # A comparison with nan is false, so a nan fails the first test.
+    return 0.0 <= low <= high < math.inf and (high > 0.0 or not bool(before.any()))

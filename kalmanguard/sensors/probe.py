@@ -72,6 +72,25 @@ class Probe:
             )
         self.size = len(reading.losses)
 
+    def shrink(self, size: int) -> None:
+        """Evaluate the first ``size`` examples only, from now on; where parts are the unit, nothing changes."""
+        if self.size != sum(map(L.batch_size, self._batches)) or size >= self.size:
+            return
+        self._batches, self.digest, self.size = self._first(size), self.digest_of(size), size
+
+    def digest_of(self, size: int) -> str:
+        """SHA-256 of the first ``size`` examples."""
+        return _digest(self._first(size))
+
+    def _first(self, size: int) -> list[Any]:
+        kept = []
+        for batch in self._batches:
+            count = min(size, L.batch_size(batch))
+            if count:
+                kept.append(L.take(batch, count))
+            size -= count
+        return kept
+
     def read(self) -> ProbeReading:
         """Measure the held-out losses now: shape ``(n,)``, float64."""
         return ProbeReading(self._evaluate(self._batches))

@@ -14,7 +14,7 @@ from kalmanguard.records import FloatArray
 
 _WINDOW = 1 << 18  # elements of the sign pool that one fused product covers; 1 MiB of float32, stays in cache
 _CHUNK = 128
-_SMALL = 1 << 14  # parameters below this size are gathered into one buffer, one kernel for all of them
+_SMALL = 1 << 15  # parameters below this size are gathered into one buffer, one kernel for all of them
 
 
 class Sketch:
@@ -43,8 +43,8 @@ class Sketch:
     Notes
     -----
     Cost: one pass over the parameters, about twice ``torch._foreach_norm`` on a CPU core; memory 2 MiB for the pool
-    plus four to eight bytes for every element of parameters smaller than 16,384 elements. Chunks are summed
-    pairwise in float32 (float64 for small parameters), buckets in float64, so a difference of two sketches resolves
+    plus eight bytes for every element of parameters smaller than 32,768 elements. Chunks of 128 are summed pairwise in
+    float32 (float64 in models of up to 16,384 parameters), buckets in float64, so a difference of two sketches resolves
     updates of 1e-5 of a weight. Measured accuracy of the norm: see ``docs/benchmarks.md``.
 
     References
@@ -95,7 +95,7 @@ class Sketch:
         parts = []
         if self._small:
             torch._foreach_copy_(self._small_views, self._small)
-            parts.append(torch.linalg.vecdot(self._flat, self._flat_signs))
+            parts.append(torch.linalg.vecdot(self._flat, self._flat_signs).to(torch.float64))
         for chunks, signs, whole in self._segments:
             values = chunks if chunks is not None else whole()
             parts.append(torch.linalg.vecdot(values, signs).to(self._device, torch.float64))
@@ -133,10 +133,10 @@ class Sketch:
             flat_signs.append(padded)
             rows += count
             self._place(index, count, buckets, signs)
-        self._flat = torch.zeros(rows, c, dtype=torch.float64, device=device)
-        self._flat_signs = (
-            torch.cat(flat_signs).view(rows, c).to(torch.float64) if flat_signs else torch.zeros(0, c, device=device)
-        )
+        # Double precision costs nothing while everything fits the first cache levels.
+        exact = torch.float64 if rows * c <= _SMALL // 2 else torch.float32
+        self._flat = torch.zeros(rows, c, dtype=exact, device=device)
+        self._flat_signs = (torch.cat(flat_signs) if flat_signs else pool[:0]).view(rows, c).to(exact)
         base = self._flat.view(-1)
         self._small_views = [
             base[at * c : at * c + n].view(p.shape) for (at, n), p in zip(small_at, self._small, strict=True)

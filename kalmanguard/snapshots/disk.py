@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import tempfile
 import threading
 import time
@@ -13,24 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, final
+from typing import Any, Self, final
 
 from torch import Tensor
 
 from kalmanguard.errors import ConfigurationError, SnapshotError
-from kalmanguard.snapshots.checkpoint import (
-    FORMAT,
-    VERSION,
-    check_format,
-    read_checkpoint,
-    read_manifest,
-    write_checkpoint,
-)
-from kalmanguard.snapshots.files import inside, read_json, remove, replace_text, sync
+from kalmanguard.snapshots.checkpoint import read_checkpoint, write_checkpoint
+from kalmanguard.snapshots.files import remove
+from kalmanguard.snapshots.rotation import ANCHOR, Rotation
 from kalmanguard.snapshots.slot import Slot
 
-ANCHOR: Final = "last_clean.json"
-_SLOT_NAME: Final = re.compile(r"slot-(0|[1-9][0-9]{0,5})")
+__all__ = ["ANCHOR", "CheckpointStore"]
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +66,7 @@ class CheckpointStore:
         if slots < 2:
             raise ConfigurationError(f"slots = {slots}: at least 2 are needed, to keep one while the other is written.")
         self.folder = Path(folder)
-        self._slots = slots
+        self._rotation = Rotation(self.folder, slots)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -203,13 +194,7 @@ class CheckpointStore:
         SnapshotError
             There is none, or the anchor or the checkpoint is damaged, foreign, newer, or leads out of the folder.
         """
-        path = self.folder / ANCHOR
-        anchor = read_json(path, "the anchor of the last clean checkpoint")
-        check_format(anchor, path)
-        name, digest = anchor.get("folder"), anchor.get("manifest_sha256")
-        if not isinstance(name, str) or not _SLOT_NAME.fullmatch(name) or not isinstance(digest, str):
-            raise SnapshotError(f"{path} names {name!r}, which is no checkpoint of this folder.")
-        return read_checkpoint(inside(self.folder, name), manifest_digest=digest)
+        return self._rotation.load_last_clean()
 
     def load(self, path: str | os.PathLike[str]) -> tuple[int, Any, dict[str, Any]]:
         """Verify and return the checkpoint in the folder ``path`` as (step, tree, meta).
@@ -223,15 +208,7 @@ class CheckpointStore:
 
     def checkpoints(self) -> dict[Path, int]:
         """Return the steps of all checkpoints with a readable manifest, oldest save first."""
-        found = []
-        for folder in sorted(self.folder.iterdir()):
-            if _SLOT_NAME.fullmatch(folder.name) and not folder.is_symlink():
-                try:
-                    manifest = read_manifest(folder)
-                except SnapshotError:
-                    continue
-                found.append((manifest.sequence, folder, manifest.step))
-        return {folder: step for _, folder, step in sorted(found)}
+        return self._rotation.checkpoints()
 
     # -- the background thread's side ------------------------------------------------------------------------------
 
@@ -261,8 +238,8 @@ class CheckpointStore:
 
     def _write(self, job: _Job) -> None:
         if self._sequence is None:
-            self._sequence = self._recover()
-        temporary = self.folder / ".new"
+            self._sequence = self._rotation.recover()
+        temporary = self._rotation.temporary
         try:
             remove(temporary)
             digest = write_checkpoint(
@@ -277,59 +254,12 @@ class CheckpointStore:
             with self._committing:
                 if self._frozen:
                     return
-                self._put_in_place(temporary, job, digest)
+                self._rotation.commit(step=job.step, clean=job.clean, digest=digest)
                 self._sequence += 1
-            remove(self.folder / ".old")
+            self._rotation.clear()
         finally:
             with contextlib.suppress(OSError):
                 remove(temporary)
-
-    def _put_in_place(self, temporary: Path, job: _Job, digest: str) -> None:
-        name = self._next_name()
-        target, old = self.folder / name, self.folder / ".old"
-        if target.exists():
-            remove(old)
-            os.rename(target, old)
-        os.rename(temporary, target)
-        sync(self.folder)
-        if job.clean:
-            anchor = {
-                "format": FORMAT,
-                "version": VERSION,
-                "folder": name,
-                "step": job.step,
-                "manifest_sha256": digest,
-            }
-            replace_text(self.folder / ANCHOR, json.dumps(anchor, indent=1))
-
-    def _next_name(self) -> str:
-        """Choose an unused slot, else the oldest, but never the one that the anchor names."""
-        sequences = self._sequences()
-        kept = self._anchored()
-        names = [f"slot-{number}" for number in range(self._slots)]
-        return min((name for name in names if name != kept), key=lambda name: sequences.get(name, -1))
-
-    def _sequences(self) -> dict[str, int]:
-        sequences = {}
-        for folder in self.folder.iterdir():
-            if _SLOT_NAME.fullmatch(folder.name):
-                try:
-                    sequences[folder.name] = read_manifest(folder).sequence
-                except SnapshotError:
-                    sequences[folder.name] = 0
-        return sequences
-
-    def _anchored(self) -> str | None:
-        try:
-            return str(read_json(self.folder / ANCHOR, "the anchor")["folder"])
-        except (SnapshotError, KeyError):
-            return None
-
-    def _recover(self) -> int:
-        """Clean up after a process that died while writing; return the last sequence number used."""
-        remove(self.folder / ".new")
-        remove(self.folder / ".old")
-        return max(self._sequences().values(), default=0)
 
 
 def _detached(value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from kalmanguard.snapshots.slot import Base, is_dense
+from kalmanguard.snapshots.arena import is_dense
+from kalmanguard.snapshots.slot import Base
 
 #: Elements of each frozen tensor that are compared with the base at every capture.
 _SAMPLES: Final = 64

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kalmanguard.snapshots.arena import Spec
 from kalmanguard.snapshots.frozen import FrozenStore
-from kalmanguard.snapshots.slot import Base, Layout, Spec
+from kalmanguard.snapshots.slot import Base, Layout
 from kalmanguard.snapshots.tree import Leaf, Refusal, storage_tensor
 
 
@@ -73,8 +74,8 @@ class Inventory:
         self._owners: list[Tensor] = []
         self._pointers: list[int] = []
 
-    def plan(self) -> Plan:
-        """Return the present plan, walking everything again only if something changed.
+    def plan(self, *, fresh: bool = False) -> Plan:
+        """Return the present plan, walking everything again if something changed or ``fresh`` asks for it.
 
         Raises
         ------
@@ -82,7 +83,7 @@ class Inventory:
             A tensor cannot be copied exactly.
         """
         moved = self.frozen.changed()  # asked first: a walk for another reason must not keep a stale base
-        if self._plan is not None and not moved and self._unchanged():
+        if self._plan is not None and not fresh and not moved and self._unchanged():
             return self._plan
         self._plan = None  # stays unset if the walk fails
         self._plan = self._walk()

@@ -86,10 +86,10 @@ class Reader:
         self._custom: list[tuple[str, str, nn.Module]] = []
         self._custom_plan: Plan | None = None
 
-    def plan(self) -> Plan:
-        """Return the present plan."""
+    def plan(self, *, fresh: bool = False) -> Plan:
+        """Return the present plan; see `Inventory.plan`."""
         self._members.refresh()
-        return self._inventory.plan()
+        return self._inventory.plan(fresh=fresh)
 
     def skeleton(self, plan: Plan, dynamic: list[Tensor]) -> dict[str, Any]:
         """Read everything that the plan does not cover, appending its tensors to ``dynamic``.

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kalmanguard.errors import SnapshotError
+from kalmanguard.snapshots.arena import Spec
 from kalmanguard.snapshots.inventory import (
     memory_key,
     module_tensors,
     named_modules,
     optimizer_states,
 )
-from kalmanguard.snapshots.slot import Image, Spec
+from kalmanguard.snapshots.slot import Image
 from kalmanguard.snapshots.tree import Leaf, Refusal, join, keepable, storage_tensor
 
 
@@ -116,10 +117,8 @@ class Restoration:
                     )
                 live_key: Any = parameters[key]
                 if live_key not in state and hasattr(live_key, "to_local"):
-                    raise SnapshotError(
-                        f"The sharded optimizer state of parameter {key} was captured but does not exist now; take "
-                        "one optimizer step before restoring it."
-                    )
+                    self._actions.append(partial(state.__setitem__, live_key, self._sharded(live_key, wanted)))
+                    continue
             else:
                 live_key = key[1]
             self._assign(state, live_key, wanted)
@@ -212,6 +211,26 @@ class Restoration:
             return False
         key = memory_key(target)
         return self._writes.setdefault(key, (target, leaf.index))[1] == leaf.index
+
+    def _sharded(self, parameter: Any, captured: Any) -> Any:
+        """Recreate the state of a sharded parameter: what has its shard's shape is sharded like it."""
+        shard = parameter.to_local()
+
+        def tensor_of(leaf: Leaf) -> Tensor:
+            local = self._clone(leaf)
+            if local.shape != shard.shape:
+                return local
+            made: Tensor = type(parameter.detach()).from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+            return made
+
+        return join(captured, tensor_of)
 
     def _clone(self, leaf: Leaf) -> Tensor:
         """Copy a leaf to a tensor of its own on the device it came from; equal leaves stay one tensor."""

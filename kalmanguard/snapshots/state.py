@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kalmanguard.errors import ConfigurationError, SnapshotError
+from kalmanguard.snapshots.arena import Placement
 from kalmanguard.snapshots.copying import Copier
 from kalmanguard.snapshots.digest import Scope, SectionDigests, section_digests
 from kalmanguard.snapshots.inventory import Inventory
@@ -19,7 +20,7 @@ from kalmanguard.snapshots.putting import put_back
 from kalmanguard.snapshots.reading import Members, Reader
 from kalmanguard.snapshots.rng import NumpyMemo, RandomState
 from kalmanguard.snapshots.schedule import scheduled_options
-from kalmanguard.snapshots.slot import Image, Placement, Slot, image_tree
+from kalmanguard.snapshots.slot import Image, Slot, image_tree
 
 
 @final
@@ -248,7 +249,7 @@ class TrainingState:
 
     def _live_image(self, like: Slot | None) -> Image:
         with torch.no_grad():
-            plan = self._reader.plan()
+            plan = self._reader.plan(fresh=True)  # a check on captures must not share what they remember
             dynamic: list[Tensor] = []
             skeleton = self._reader.skeleton(plan, dynamic)
         if like is not None:

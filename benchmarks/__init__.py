@@ -1,0 +1,1 @@
+"""The benchmarks: ``python -m benchmarks`` lists them, ``python -m benchmarks NAME`` runs one."""

@@ -1,0 +1,41 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kalmanguard.cli.demo import demo
+from kalmanguard.cli.terminal import Command
+
+app = typer.Typer(
+    name="kalmanguard",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import kalmanguard
+
+        typer.echo(f"kalmanguard {kalmanguard.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A flight controller for PyTorch training: it watches a run, undoes what breaks it, and certifies what it did.
+
+    Start with [bold]kalmanguard demo[/bold]. Every command has its own --help.
+    """
+
+
+app.command(cls=Command)(demo)

@@ -1,0 +1,140 @@
+"""What the demonstration tells: three runs of one plant, what happened to them, and what was done about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kalmanguard.records import Action, Decision
+
+#: The runs, in the order in which they are advanced and shown.
+CLEAN, FAULTED, SUPERVISED = LANES = ("clean", "faulted", "supervised")
+#: Innovations of `Decision.statistics` that are shown: those of every step.
+CHANNELS = ("loss", "gradient", "gain", "buffers", "trajectory")
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A fault as it is drawn: from its first step to its last (the run's last, when it lasts for good)."""
+
+    label: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step that was suspicious, dropped or undone."""
+
+    step: int
+    action: str
+    level: str
+    reason: str
+    restored_step: int | None
+
+    @classmethod
+    def of(cls, decision: Decision) -> Event:
+        """Take what matters from a decision."""
+        return cls(
+            decision.step, decision.action.value, decision.level.value, decision.reason, decision.restored_step
+        )
+
+    @property
+    def lost(self) -> int:
+        """Steps of training that it cost."""
+        if self.restored_step is not None:
+            return self.step - self.restored_step
+        return int(self.action == Action.VETO)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended.
+
+    ``steps_undone`` were dropped or rolled back; ``steps_behind`` is for how many steps the clean run had already
+    been where this one ended (all of them when its loss is not finite).
+    """
+
+    name: str
+    steps: int
+    held_out_loss: float
+    ratio: float
+    vetoes: int
+    rollbacks: int
+    steps_undone: int
+    steps_behind: int
+    seconds: float
+    stopped: str | None
+
+
+@dataclass
+class Story:
+    """Everything that is shown at the end, and what the figure is drawn from."""
+
+    plant: str
+    description: str
+    steps: int
+    seed: int
+    faults: list[str]
+    spans: list[Span]
+    bound: float
+    curves: dict[str, list[Point]] = field(default_factory=dict)
+    #: Per channel, step and normalised innovation; nan where something was not finite.
+    innovations: dict[str, list[Point]] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def note(self, decision: Decision, names: Sequence[str]) -> Event | None:
+        """Take in a decision of the supervised run; returns it as an event when it is one."""
+        values = dict(zip(names, decision.statistics, strict=False))
+        seen = {channel: values.get(f"z_{channel}", math.nan) for channel in CHANNELS}
+        for channel, z in seen.items():
+            if math.isfinite(z):
+                self.innovations.setdefault(channel, []).append((decision.step, z))
+        if not math.isfinite(seen["loss"]):
+            self.innovations.setdefault("loss", []).append((decision.step, math.nan))
+        if decision.rolled_back and math.isfinite(y := values.get("y", math.nan)):
+            # The loss that was found, before the one that was restored.
+            self.curves.setdefault(SUPERVISED, []).append((decision.step, y))
+        if decision.level.value not in ("SUSPECT", "CONFIRMED"):
+            return None
+        event = Event.of(decision)
+        self.events.append(event)
+        return event
+
+    @property
+    def interventions(self) -> list[Event]:
+        """Events in which something was done."""
+        return [event for event in self.events if event.action != Action.ACCEPT]
+
+    def steps_behind(self, curve: Sequence[Point]) -> int:
+        """For how many steps the clean run had already been where ``curve`` ends."""
+        if not curve or not math.isfinite(curve[-1][1]):
+            return self.steps
+        step, value = curve[-1]
+        reached = next((at for at, y in self.curves[CLEAN] if y <= value), step)
+        return max(0, round(step - reached))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+
+def fault_label(kind: str, numbers: dict[str, Any]) -> str:
+    """What a fault is called in a figure.
+
+    >>> fault_label("lr_spike", {"factor": 50.0, "steps": 5}), fault_label("label_noise", {"fraction": 0.3})
+    ('learning rate spike ×50', 'label noise 30 %')
+    """
+    words = kind.replace("lr_", "learning rate ").replace("_", " ")
+    if "factor" in numbers:
+        return f"{words} ×{numbers['factor']:g}"
+    if "rate" in numbers:
+        return f"{words} ×{numbers['rate']:g} a step"
+    if "fraction" in numbers:
+        return f"{words} {100 * numbers['fraction']:g} %"
+    return words
