@@ -158,4 +158,6 @@ def give_back(truth: list[list[Any]], step: int) -> float:
     if now is None:
         return math.inf
     best = min(known)
+    if now <= best:
+        return 0.0
     return float((now - best) / (start - best)) if start > best else math.inf

@@ -41,9 +41,8 @@ def fly_all(flights: Sequence[Flight], *, processes: int, cache: Path | None = N
             if cache is not None and wanted[key].guard != "kalmanguard":
                 with cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([key, result]) + "\n")
-            print(f"\r{count} of {len(todo)} runs", end="", file=sys.stderr, flush=True)
-    if todo:
-        print(file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\r{count} of {len(todo)} runs", end="\n" if count == len(todo) else "", file=sys.stderr)
     return found
 
 

@@ -125,8 +125,8 @@ class Measurement:
     parameters_finite
         Whether the sketch (hence every parameter) is finite.
     tampered
-        What changed between two optimizer steps without the optimizer: ``"parameters"``, ``"moments"``, with ``"silent "``
-        before it when no counter of torch shows a write; `OVERWRITE` when a step replaced the parameters.
+        What changed between two optimizer steps without the optimizer: ``"parameters"``, ``"moments"``, with
+        ``"silent "`` before it when no counter of torch shows a write; `OVERWRITE` when a step replaced the parameters.
     probe
         Held-out losses at this state, when a probe was taken.
     outcome

@@ -131,7 +131,7 @@ class Settings(BaseModel):
         if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".toml")):
             return cls.load(value)
         raise ConfigurationError(
-            f"settings = {value!r} is neither a Settings, a dict, a path to a TOML file nor one of {', '.join(PRESETS)}."
+            f"settings = {value!r} is neither a Settings, a dict, a TOML path nor one of {', '.join(PRESETS)}."
         )
 
 

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from kalmanguard import engine
-from kalmanguard.control import cadence, ladder, retention
+from kalmanguard.control import cadence, ladder, ledger, retention
 from kalmanguard.detectors import drift, excursion, tail
 from kalmanguard.errors import ConfigurationError
-from kalmanguard.estimators import noise, probe, statespace, trajectory, trend
+from kalmanguard.estimators import bank, noise, probe, statespace, trajectory, trend
 from kalmanguard.records import Mode
 
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        engine.EngineState, engine.Estimators, engine.Ledger, engine.Episode, cadence.Cadence, ladder.LadderState,
+        engine.EngineState, bank.Estimators, ledger.Ledger, ledger.Episode, cadence.Cadence, ladder.LadderState,
         retention.Slot, drift.DriftState, excursion.ExcursionState, tail.TailState, noise.Scale, probe.ProbeState,
         statespace.Gaussian, statespace.Covariance, trajectory.TrajectoryState, trend.TrendState,
     )

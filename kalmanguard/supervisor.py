@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -70,9 +70,9 @@ class Supervisor:
     model
         The model that is trained; a ``torch.compile``d one is fine.
     probe_loader
-        Iterable of held-out batches, read once at construction: ``(inputs, target)``, dicts, or tensors. They must not be
-        training data, and what the supervisor reports about them must not be used to tune the run, or the certificate
-        lapses.
+        Iterable of held-out batches, read once at construction: ``(inputs, target)``, dicts, or tensors. They must not
+        be training data, and what the supervisor reports about them must not be used to tune the run, or the
+        certificate lapses.
     optimizer
         The optimizer, or several; found by itself at its first step when ``None``.
     scheduler, scaler
@@ -89,7 +89,7 @@ class Supervisor:
     Raises
     ------
     ConfigurationError
-        Something that cannot work: an empty probe loader, a loss that cannot be inferred, an optimizer of another model.
+        Something that cannot work: an empty probe loader, a loss that cannot be inferred, another model's optimizer.
     JournalError
         ``run_dir`` holds a run already (see `resume`), or cannot be written.
     SnapshotError
@@ -183,8 +183,8 @@ class Supervisor:
         self._rewindable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         if self.settings.replay and not self._rewindable:
             raise ConfigurationError(
-                "settings.replay needs a loader with state_dict() and load_state_dict(); pass loader=..., for example a "
-                "StatefulDataLoader, or switch replay off."
+                "settings.replay needs a loader with state_dict() and load_state_dict(); pass loader=..., for example "
+                "a StatefulDataLoader, or switch replay off."
             )
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
         for item in optimizers:
@@ -207,9 +207,7 @@ class Supervisor:
             before_step=self._before_step,
         )
         try:
-            self._suite = SensorSuite(
-                self.model, self._tap, size=self.settings.sketch_size, seed=self.settings.seed
-            )
+            self._suite = SensorSuite(self.model, self._tap, size=self.settings.sketch_size, seed=self.settings.seed)
             self._extras: dict[str, Any] = {}
             schedulers = [] if scheduler is None else scheduler if isinstance(scheduler, list) else [scheduler]
             training = TrainingState(
@@ -348,7 +346,9 @@ class Supervisor:
         restored: int | None = None
         while decision.proposed in (Action.ROLLBACK, Action.HALT) and decision.orders.restore is not None:
             target, rung = decision.orders.restore, decision.orders.rung
-            self._journal.record("intent", decision.step, {"action": decision.proposed, "restore": target, "rung": rung})
+            self._journal.record(
+                "intent", decision.step, {"action": decision.proposed, "restore": target, "rung": rung}
+            )
             self._journal.sync()
             outcome = self._actuator.restore(target, action=decision.proposed, rung=rung)
             self._journal.record("outcome", decision.step, dataclasses.asdict(outcome))
@@ -501,9 +501,7 @@ class Supervisor:
     def snapshot(self) -> Decision:
         """Probe the present state and capture it, whatever the cadence says; it counts as certified if it is good."""
         outcome = Outcome(Action.ACCEPT, manual=True)
-        measurement = Measurement(
-            step=self._step, outcome=outcome, probe=self._read_probe(), objective=self._objective
-        )
+        measurement = Measurement(step=self._step, outcome=outcome, probe=self._read_probe(), objective=self._objective)
         self._state, decision = self._engine.step(self._state, measurement)
         self._record(measurement, decision)
         self._actuator.keep(decision.orders, self._step)
@@ -573,7 +571,9 @@ class Supervisor:
         if name in self._extras:
             raise ConfigurationError(f"register({name!r}): that name is taken; choose another one.")
         if self._actuator.ring.steps():
-            raise ConfigurationError(f"register({name!r}): register before the first step, so that every snapshot has it.")
+            raise ConfigurationError(
+                f"register({name!r}): register before the first step, so that every snapshot has it."
+            )
         self._extras[name] = obj
 
     def new_objective(self) -> None:
@@ -741,7 +741,7 @@ class Supervisor:
         self._tally["fresh_examples"] += len(differences)
 
     def save(self, folder: str | Path) -> Path:
-        """Save the model for use elsewhere: with its own ``save_pretrained`` and a registered tokenizer, else safetensors.
+        """Save the model for use elsewhere: by its ``save_pretrained`` with a registered tokenizer, else safetensors.
 
         Returns
         -------
@@ -869,10 +869,9 @@ class Supervisor:
         if self._first_error is None:
             self._first_error = text
             warnings.warn(f"kalmanguard: {text}. Training goes on; supervision is degraded.", stacklevel=4)
-        try:
+        # When the journal itself is what failed, the warning above has said so.
+        with suppress(JournalError):
             self._journal.record("error", self._step, {"text": text})
-        except JournalError:
-            pass  # The journal itself is what failed; the warning above has said so.
 
     def _nothing_yet(self) -> Decision:
         return Decision(

@@ -33,13 +33,12 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 
 def test_scale_starts_as_an_ordinary_mean() -> None:
     rng = np.random.default_rng(0)
-    scale, data = Scale(), rng.normal(size=30)
+    scale, data = Scale(), rng.uniform(1.0, 2.0, 30)  # nothing to clip
     for value in data:
         scale = track(scale, value, 100)
-    squares = data**2
     assert scale.seen == 30
     assert scale.deviation == math.sqrt(scale.variance)
-    assert scale.variance == pytest.approx(float(np.mean(squares)), rel=0.05)  # a clipped square or two
+    assert scale.variance == pytest.approx(float(np.mean(data**2)), rel=1e-12)
 
 
 def test_scale_of_gaussian_innovations_is_unbiased() -> None:
@@ -117,7 +116,9 @@ def test_normalised_innovations_of_a_matched_trend_have_unit_variance() -> None:
     level_noise, total, count = 0.2, 0.0, 0
     for _ in range(20):
         level = rng.normal(0, 3.0, 1)[0] + rng.normal(0, 0.3 * level_noise**0.5, 600).cumsum()
-        _, found = run_trend(TrendFilter("x", level_noise=level_noise, slope_noise=0.0), level + rng.normal(0, 0.3, 600))
+        _, found = run_trend(
+            TrendFilter("x", level_noise=level_noise, slope_noise=0.0), level + rng.normal(0, 0.3, 600)
+        )
         scores = np.array([i.normalised for i in found[200:]])
         total, count = total + float((scores**2).sum()), count + len(scores)
     # The scale is itself estimated from 100 innovations, which adds 2 % to the mean square and widens its spread.
@@ -396,7 +397,7 @@ def test_the_clock_is_the_path_so_a_schedule_causes_no_innovation() -> None:
     losses = 5.0 - 0.02 * paths.cumsum()
     _, by_path = run_probe(paths, losses)
     _, by_step = run_probe(np.ones_like(paths), losses)
-    assert max(map(abs, by_path[70:])) < 0.25 * max(map(abs, by_step[70:]))
+    assert float(np.std(by_path[60:])) < 0.33 * float(np.std(by_step[60:]))
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))

@@ -33,7 +33,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write into; every run makes a new sub-folder.")] = Path(
         "demo-out"
     ),
-    steps: Annotated[int, typer.Option(min=10, help="Steps of training, for each of the three runs.")] = 900,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of training, for each of the three runs.")] = 700,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data order and faults.")] = 0,
     fault: Annotated[
         list[str] | None,
@@ -72,7 +72,9 @@ def demo(
         folder = fresh_folder(out, "run")
         lanes = _lanes(story, folder, stack)
         people.print(f"{story.description}.")
-        people.print(f"Faults: {', '.join(f'{span.label} at step {span.first:,}' for span in story.spans) or 'none'}.\n")
+        people.print(
+            f"Faults: {', '.join(f'{span.label} at step {span.first:,}' for span in story.spans) or 'none'}.\n"
+        )
         view = make_view(people, story, silent=as_json)
         with warnings_on(people), view:
             _train(lanes, story, view)
@@ -90,7 +92,9 @@ def demo(
     write_json(summary, result)
     code = _exit_code(story, report)
     if as_json:
-        emit({key: value for key, value in result.items() if key not in ("curves", "innovations")} | {"exit_code": code})
+        emit(
+            {key: value for key, value in result.items() if key not in ("curves", "innovations")} | {"exit_code": code}
+        )
     else:
         _tell(people, story, report, folder, seconds=result["seconds"])
     raise typer.Exit(code)
@@ -192,7 +196,9 @@ def _tell(people: Console, story: Story, report: Report, folder: Path, *, second
         "[dim]Steps undone: dropped before being applied, or rolled back. Steps behind: for how long the clean run had "
         "already been where this one ended.[/dim]"
     )
-    people.print("\n[bold]Certificate[/bold] of the supervised run, derived from its journal by the standalone verifier")
+    people.print(
+        "\n[bold]Certificate[/bold] of the supervised run, derived from its journal by the standalone verifier"
+    )
     people.print(claims_table(report, detailed=False))
     people.print(f"head {report.head}", soft_wrap=True)
     people.print(f"\n[bold]Where everything lies[/bold] (took {duration(seconds)})")
@@ -214,7 +220,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
         table.add_row(
             o.name,
             number(o.held_out_loss),
-            f"{o.ratio:.3f}" if math.isfinite(o.ratio) else "-",
+            number(o.ratio) if math.isfinite(o.ratio) else "-",
             f"{o.steps_undone:,}" if watched else "-",
             behind,
             f"{o.vetoes}" if watched else "-",

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kalmanguard.cli.story import CHANNELS, CLEAN, FAULTED, SUPERVISED, Point, Span, Story
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_Array = NDArray[np.float64]
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart; the styles differ as well.
 _STYLE: dict[str, dict[str, Any]] = {
@@ -25,13 +28,14 @@ _CHANNEL_STYLE = {
     "gain": ("#009E73", "^"),
     "buffers": ("#56B4E9", "v"),
     "trajectory": ("#CC79A7", "D"),
+    "held-out loss": ("#000000", "o"),
 }
 _SPAN = {"color": "#E69F00", "alpha": 0.22, "linewidth": 0, "zorder": 0}
 _ROLLBACK, _VETO = "#7B3294", "#B8860B"
 #: Held-out losses above this many times the first one are drawn at the edge.
 _CEILING = 1.35
-#: Innovations below and above are drawn at the edges.
-_FLOOR_Z, _CEILING_Z = 0.3, 300.0
+#: Innovations, in units of their bounds, that are drawn; what lies above is drawn at the edge.
+_LEAST, _MOST = 0.03, 50.0
 #: Height of a line of small print, in points.
 _LINE = 12.0
 
@@ -82,9 +86,8 @@ def _losses(axes: Axes, story: Story) -> None:
         edge = top * 0.985 if logarithmic else top - 0.015 * (top - bottom)
         drawn = np.where(np.isfinite(y), np.minimum(y, edge), np.nan)
         axes.plot(x, drawn, label=_name(story, name), **_STYLE[name])
-        beyond = np.isfinite(y) & (y > edge)
-        if beyond.any():
-            axes.plot(x[beyond], np.full(beyond.sum(), edge), "^", color=_STYLE[name]["color"], markersize=5, zorder=5)
+        if (y[np.isfinite(y)] > edge).any():
+            _beyond(axes, name, x, y, edge)
         lost = np.flatnonzero(~np.isfinite(y))
         if lost.size and lost[-1] == len(y) - 1:
             _dead(axes, name, x, drawn)
@@ -98,7 +101,19 @@ def _losses(axes: Axes, story: Story) -> None:
     )  # fmt: skip
 
 
-def _dead(axes: Axes, name: str, x: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any]) -> None:
+def _beyond(axes: Axes, name: str, x: _Array, y: _Array, edge: float) -> None:
+    """Mark what lies above the axes, and say how high it went."""
+    beyond = np.flatnonzero(np.isfinite(y) & (y > edge))
+    colour = _STYLE[name]["color"]
+    highest = beyond[np.argmax(y[beyond])]
+    axes.plot(x[highest], edge, "^", color=colour, markersize=6, zorder=5)
+    axes.annotate(
+        f"{y[highest]:.3g}", (x[highest], edge), xytext=(6, 1), textcoords="offset points", va="top", color=colour,
+        fontsize=8.5,
+    )  # fmt: skip
+
+
+def _dead(axes: Axes, name: str, x: _Array, drawn: _Array) -> None:
     alive = np.flatnonzero(np.isfinite(drawn))
     if not alive.size:
         return
@@ -156,46 +171,45 @@ def _nearest(curve: dict[float, float], step: int) -> float:
 
 def _innovations(axes: Axes, story: Story) -> None:
     _spans(axes, story, labelled=False)
-    largest = max(
-        (abs(z) for points in story.innovations.values() for _, z in points if math.isfinite(z)), default=story.bound
-    )
-    top = min(max(largest, 2 * story.bound) * 2.5, max(_CEILING_Z, 10 * story.bound))
+    shares = [abs(z) for points in story.innovations.values() for _, z in points if math.isfinite(z)]
+    top = min(max((*shares, 1.6)) * 2.5, _MOST)
     axes.set_yscale("log")
-    axes.set_ylim(_FLOOR_Z, top)
-    _plain_ticks(axes, _FLOOR_Z, top)
-    axes.set_ylabel("innovation, in\nstandard deviations")
+    axes.set_ylim(_LEAST, top)
+    _plain_ticks(axes, _LEAST, top)
+    axes.set_ylabel("innovation / bound")
+    axes.axhline(1.0, color="#000000", linewidth=1, linestyle=(0, (6, 3)), zorder=3)
     for channel in CHANNELS:
         points = story.innovations.get(channel, [])
         if points:
-            _channel(axes, channel, points, bound=story.bound, edge=top / 1.3)
-    axes.axhline(story.bound, color="#000000", linewidth=1, linestyle=(0, (6, 3)), zorder=3)
-    axes.annotate(
-        f"bound {story.bound:g}", (0.003, story.bound), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", fontsize=9, va="bottom",
-    )  # fmt: skip
+            _channel(axes, channel, points, edge=top / 1.35)
+    lost = [step for step, share in story.innovations.get("loss", []) if not math.isfinite(share)]
+    if lost:
+        axes.plot(
+            lost, [top / 1.35] * len(lost), "X", color="#000000", markersize=7, markeredgecolor="white",
+            linestyle="none", zorder=6, label="loss not finite",
+        )  # fmt: skip
     for event in story.interventions:
         colour = _VETO if event.action == "VETO" else _ROLLBACK
         axes.axvline(event.step, color=colour, linewidth=1, linestyle=":", zorder=1)
     axes.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False, fontsize=9, handletextpad=0.2,
-        columnspacing=1.2, borderaxespad=0.0,
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=8, frameon=False, fontsize=9, handletextpad=0.2,
+        columnspacing=1.2, borderaxespad=0.3, borderpad=0,
     )  # fmt: skip
 
 
-def _channel(axes: Axes, channel: str, points: list[Point], *, bound: float, edge: float) -> None:
-    x, z = np.array(points, dtype=np.float64).T
-    size = np.maximum(np.abs(z), _FLOOR_Z)
+def _channel(axes: Axes, channel: str, points: list[Point], *, edge: float) -> None:
+    """Every innovation as a dot, those beyond the bound as markers; the rare readings of the probe as circles."""
+    x, share = np.array(points, dtype=np.float64).T
+    size = np.abs(share) if channel != "held-out loss" else share
     colour, marker = _CHANNEL_STYLE[channel]
-    beyond = size > bound
-    axes.plot(x[~beyond], size[~beyond], ".", color=colour, markersize=2.2, alpha=0.55, zorder=2)
-    axes.plot(
-        x[beyond], np.minimum(size[beyond], edge), marker, color=colour, markersize=7, markeredgecolor="white", linestyle="none", zorder=6
-    )
-    axes.plot([], [], marker, color=colour, markersize=5, linestyle="none", label=channel)
-    lost = x[~np.isfinite(z)]
-    if lost.size:
-        axes.plot(lost, np.full(lost.size, edge), "X", color="#000000", markersize=7, markeredgecolor="white", zorder=6)
-        axes.plot([], [], "X", color="#000000", markersize=6, linestyle="none", label="not finite")
+    rare = channel == "held-out loss"
+    beyond = size > 1
+    look: dict[str, Any] = {"color": colour, "linestyle": "none", "markersize": 6.5}
+    look |= {"markerfacecolor": "white", "markeredgewidth": 1.4} if rare else {"markeredgecolor": "white"}
+    small = {"markersize": 3.5, "markerfacecolor": "white"} if rare else {"markersize": 2.2, "alpha": 0.55}
+    axes.plot(x[~beyond], size[~beyond], marker if rare else ".", color=colour, linestyle="none", zorder=2, **small)
+    axes.plot(x[beyond], np.minimum(size[beyond], edge), marker, zorder=6, **look)
+    axes.plot([], [], marker, **{**look, "markersize": 5}, label=channel)
 
 
 def _spans(axes: Axes, story: Story, *, labelled: bool) -> int:
@@ -229,7 +243,8 @@ def _plain_ticks(axes: Axes, low: float, high: float) -> None:
     steps = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.5 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.yaxis.set_major_locator(FixedLocator(ticks[:: max(1, math.ceil(len(ticks) / 8))]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -237,6 +252,4 @@ def _plain_ticks(axes: Axes, low: float, high: float) -> None:
 def _name(story: Story, name: str) -> str:
     ratio = next((outcome.ratio for outcome in story.outcomes if outcome.name == name), math.nan)
     text = {CLEAN: "clean", FAULTED: "faulted", SUPERVISED: "faulted, supervised"}[name]
-    if name == CLEAN or not math.isfinite(ratio):
-        return text
-    return f"{text}: ends at {ratio:.2f} × clean"
+    return text if name == CLEAN or not math.isfinite(ratio) else f"{text} ({ratio:.3g} × clean)"

@@ -11,8 +11,8 @@ from kalmanguard.records import Action, Decision
 
 #: The runs, in the order in which they are advanced and shown.
 CLEAN, FAULTED, SUPERVISED = LANES = ("clean", "faulted", "supervised")
-#: Innovations of `Decision.statistics` that are shown: those of every step.
-CHANNELS = ("loss", "gradient", "gain", "buffers", "trajectory")
+#: Innovations that are shown: those of every step, and where the probe's loss stands in its envelope.
+CHANNELS = ("loss", "gradient", "gain", "buffers", "trajectory", "held-out loss")
 
 Point = tuple[float, float]
 
@@ -39,9 +39,7 @@ class Event:
     @classmethod
     def of(cls, decision: Decision) -> Event:
         """Take what matters from a decision."""
-        return cls(
-            decision.step, decision.action.value, decision.level.value, decision.reason, decision.restored_step
-        )
+        return cls(decision.step, decision.action.value, decision.level.value, decision.reason, decision.restored_step)
 
     @property
     def lost(self) -> int:
@@ -83,7 +81,7 @@ class Story:
     spans: list[Span]
     bound: float
     curves: dict[str, list[Point]] = field(default_factory=dict)
-    #: Per channel, step and normalised innovation; nan where something was not finite.
+    #: Per channel, step and innovation in units of its bound; nan where a loss was not finite.
     innovations: dict[str, list[Point]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -91,12 +89,7 @@ class Story:
     def note(self, decision: Decision, names: Sequence[str]) -> Event | None:
         """Take in a decision of the supervised run; returns it as an event when it is one."""
         values = dict(zip(names, decision.statistics, strict=False))
-        seen = {channel: values.get(f"z_{channel}", math.nan) for channel in CHANNELS}
-        for channel, z in seen.items():
-            if math.isfinite(z):
-                self.innovations.setdefault(channel, []).append((decision.step, z))
-        if not math.isfinite(seen["loss"]):
-            self.innovations.setdefault("loss", []).append((decision.step, math.nan))
+        self._note_innovations(decision.step, values)
         if decision.rolled_back and math.isfinite(y := values.get("y", math.nan)):
             # The loss that was found, before the one that was restored.
             self.curves.setdefault(SUPERVISED, []).append((decision.step, y))
@@ -106,17 +99,30 @@ class Story:
         self.events.append(event)
         return event
 
+    def _note_innovations(self, step: int, values: dict[str, float]) -> None:
+        seen = {channel: values.get(f"z_{channel}", math.nan) / self.bound for channel in CHANNELS[:-1]}
+        y, best, bound = (values.get(name, math.nan) for name in ("y", "y_best", "bound"))
+        seen["held-out loss"] = (y - best) / (bound - best) if bound > best else math.nan
+        for channel, share in seen.items():
+            if math.isfinite(share) or channel == "loss":
+                self.innovations.setdefault(channel, []).append((step, share))
+
     @property
     def interventions(self) -> list[Event]:
         """Events in which something was done."""
         return [event for event in self.events if event.action != Action.ACCEPT]
 
     def steps_behind(self, curve: Sequence[Point]) -> int:
-        """For how many steps the clean run had already been where ``curve`` ends."""
+        """For how many steps the clean run had already been where ``curve`` ends.
+
+        The clean curve wavers: it was there between the first time that it was as low and the last that it was as high.
+        """
         if not curve or not math.isfinite(curve[-1][1]):
             return self.steps
         step, value = curve[-1]
-        reached = next((at for at, y in self.curves[CLEAN] if y <= value), step)
+        lower = [at for at, y in self.curves[CLEAN] if y <= value]
+        higher = [at for at, y in self.curves[CLEAN] if y >= value]
+        reached = (min(lower, default=step) + max(higher, default=0.0)) / 2
         return max(0, round(step - reached))
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,13 +130,21 @@ class Story:
         return asdict(self)
 
 
+_WORDS = {
+    "lr_spike": "learning rate",
+    "lr_creep": "learning rate",
+    "gradient_scale": "gradient",
+    "weight_scale": "weights",
+}
+
+
 def fault_label(kind: str, numbers: dict[str, Any]) -> str:
     """What a fault is called in a figure.
 
     >>> fault_label("lr_spike", {"factor": 50.0, "steps": 5}), fault_label("label_noise", {"fraction": 0.3})
-    ('learning rate spike ×50', 'label noise 30 %')
+    ('learning rate ×50', 'label noise 30 %')
     """
-    words = kind.replace("lr_", "learning rate ").replace("_", " ")
+    words = _WORDS.get(kind, kind.replace("_", " "))
     if "factor" in numbers:
         return f"{words} ×{numbers['factor']:g}"
     if "rate" in numbers:

@@ -108,8 +108,8 @@ def warnings_on(target: Console) -> Iterator[None]:
 def number(value: float | None, digits: int = 4) -> str:
     """A number for people, in ``digits`` significant digits; "-" for None, "not finite" for nan and infinities.
 
-    >>> number(1.93277), number(0.5), number(12345.6), number(float("nan")), number(None)
-    ('1.933', '0.5000', '12,346', 'not finite', '-')
+    >>> number(1.93277), number(0.5), number(12345.6), number(2.5e-7), number(float("nan")), number(None)
+    ('1.933', '0.5000', '12,346', '2.500e-07', 'not finite', '-')
     """
     if value is None:
         return "-"
@@ -117,8 +117,10 @@ def number(value: float | None, digits: int = 4) -> str:
         return "not finite"
     if value == 0:
         return "0"
+    if not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.{digits - 1}e}"
     places = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{value:,.{min(max(places, 0), 12)}f}" if abs(value) >= 1e-6 else f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(places, 0)}f}"
 
 
 def duration(seconds: float) -> str:

@@ -177,5 +177,3 @@ def read_settings(value: str, **changes: Any) -> Settings:
     if value in PRESETS and settings.recovery is None:
         changes.setdefault("recovery", Recovery.preset(value))
     return settings.model_copy(update=changes)
-
-

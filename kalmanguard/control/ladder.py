@@ -11,7 +11,7 @@ _AT_ONCE = 3
 
 
 class LadderState(NamedTuple):
-    """``score`` is what rollbacks without a recovery between them add up to; ``hold`` how long effects stay in force."""
+    """``score``: what rollbacks without a recovery between them add up to; ``hold``: steps effects stay in force."""
 
     score: int = 0
     rollbacks: int = 0

@@ -22,8 +22,8 @@ class Slot(NamedTuple):
 def to_evict(slots: Iterable[Slot], now: int, capacity: int, *, certified: bool) -> tuple[int, ...]:
     """Steps to give up before a state of step ``now`` is captured, so that at most ``capacity`` remain with it.
 
-    In a small ring a certified capture supersedes the candidates. Of the certified states the newest and the best are kept; among the
-    others the one goes whose neighbours in age are closest in ratio.
+    In a small ring a certified capture supersedes the candidates. Of the certified states the newest and the best are
+    kept; among the others the one goes whose neighbours in age are closest in ratio.
 
     Examples
     --------
@@ -54,11 +54,7 @@ def _least_useful(slots: list[Slot], now: int) -> Slot:
         return waiting[0] if waiting else settled[0]
     best = min(settled, key=lambda s: s.level)
     ages = [math.log(now - s.step + 1.0) for s in settled]
-    inner = [
-        (ages[i - 1] - ages[i + 1], i)
-        for i in range(1, len(settled) - 1)
-        if settled[i].step != best.step
-    ]
+    inner = [(ages[i - 1] - ages[i + 1], i) for i in range(1, len(settled) - 1) if settled[i].step != best.step]
     if not inner:
         return settled[0] if settled[0].step != best.step else settled[1]
     return settled[min(inner)[1]]

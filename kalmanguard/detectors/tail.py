@@ -37,8 +37,8 @@ class TailTest:
     Notes
     -----
     Guarantee: HEURISTIC for a single firing. The number of firings in T steps is at most
-    ``alpha T + (ln(H / h_0) + eta) / eta + alpha * (steps spent at the floor)`` for any sequence of innovations bounded by
-    H standard deviations, where H is the largest one seen (quantile tracking; the floor only removes firings that a
+    ``alpha T + (ln(H / h_0) + eta) / eta + alpha * (steps spent at the floor)`` for any sequence of innovations bounded
+    by H standard deviations, where H is the largest one seen (quantile tracking; the floor only removes firings that a
     lower threshold would have had). So heavy-tailed healthy training buys a few extra probes, then is left alone.
     Cost: 0.5 us.
 

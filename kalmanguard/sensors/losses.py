@@ -45,7 +45,9 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 
 def batch_size(batch: Any) -> int:
     """Number of examples of a batch: the first dimension of its first tensor."""
-    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else (batch,):
+    for item in (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else (batch,)
+    ):
         if isinstance(item, Tensor) and item.ndim:
             return int(item.shape[0])
     raise ConfigurationError("A batch of the probe loader holds no tensor with a batch dimension.")
@@ -107,8 +109,8 @@ def _inferred(values: Tensor, target: Tensor) -> Tensor:
     if target.is_floating_point() and values.shape == target.shape and target.ndim >= 1:
         return (values.float() - target.float()).square().reshape(len(target), -1).mean(1)
     raise ConfigurationError(
-        f"The probe's loss cannot be inferred from an output of shape {tuple(values.shape)} and a {target.dtype} target "
-        f"of shape {tuple(target.shape)}; {_HELP}."
+        f"The probe's loss cannot be inferred from an output of shape {tuple(values.shape)} and a {target.dtype} "
+        f"target of shape {tuple(target.shape)}; {_HELP}."
     )
 
 

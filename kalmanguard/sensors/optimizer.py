@@ -1,4 +1,4 @@
-"""The optimizer tap: global step hooks that see gradients and learning rates, and can drop a step before it is taken."""
+"""The optimizer tap: global step hooks that see gradients and rates, and can drop a step before it is taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
 from kalmanguard.errors import BindError
-
 
 #: Up to so many tensors, reading their norms one by one is faster than three kernels over them.
 _FEW = 16
@@ -47,9 +46,9 @@ class OptimizerTap:
 
     Notes
     -----
-    A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay and
-    step counters stand still) and put back afterwards; a fused optimizer on an accelerator gets its ``found_inf`` flag
-    instead, without a host synchronisation. A step with a closure computes its gradients inside and cannot be dropped.
+    A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay
+    and step counters stand still) and put back afterwards; a fused optimizer on an accelerator gets its ``found_inf``
+    flag instead, without a host synchronisation. A step with a closure computes its gradients inside and cannot be dropped.
     Only hooks that this object has registered are ever removed. Cost: one norm over the gradients, one scalar read.
     """
 
@@ -230,7 +229,8 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     device = norms[0].device
     if device.type == "cpu" and len(norms) <= _FEW:
         return torch.tensor(math.hypot(*(n.item() for n in norms)))
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    return total
 
 
 def _remove(handles: list[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ class Probe:
     fresh
         Number of further examples that are set aside for the certificate; each is used once.
     loss_fn
-        ``loss_fn(output, target)`` returning a loss per example or their mean; inferred when ``None``: a ``.loss`` on the
-        output, cross-entropy for integer targets, mean squared error for float targets of the output's shape.
+        ``loss_fn(output, target)`` returning a loss per example or their mean; inferred when ``None``: a ``.loss`` on
+        the output, cross-entropy for integer targets, mean squared error for float targets of the output's shape.
 
     Raises
     ------
@@ -126,7 +127,7 @@ class Probe:
         parts = size if size <= 32 else 16
         bounds = np.linspace(0, size, parts + 1).astype(int).tolist()
         means = []
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             output, target = self._forward(L.take(batch, stop - start, start))
             means.append(L.batch_mean(output, target, self._loss_fn))
         return torch.stack(means)
@@ -163,7 +164,9 @@ def _digest(batches: list[Any]) -> str:
     """SHA-256 over the probe set's tensors, so that a journal says which examples it is about."""
     digest = hashlib.sha256()
     for batch in batches:
-        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch if isinstance(batch, tuple) else (batch,))
+        items = (
+            batch.items() if isinstance(batch, Mapping) else enumerate(batch if isinstance(batch, tuple) else (batch,))
+        )
         for key, item in items:
             if isinstance(item, Tensor):
                 digest.update(f"{key}:{item.dtype}:{tuple(item.shape)}".encode())

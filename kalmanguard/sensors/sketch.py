@@ -127,9 +127,7 @@ class Sketch:
             count = -(-p.numel() // c)
             self._small.append(p)
             small_at.append((rows, p.numel()))
-            padded = torch.cat(
-                [pool[o : o + n * c] for o, n in self._windows(self._keys[index], count)]
-            )
+            padded = torch.cat([pool[o : o + n * c] for o, n in self._windows(self._keys[index], count)])
             flat_signs.append(padded)
             rows += count
             self._place(index, count, buckets, signs)
@@ -215,5 +213,5 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed

@@ -1,0 +1,95 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+# Before torch is loaded, and inherited by worker processes: one thread each.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from benchmarks.benchmark import Benchmark, Result
+from benchmarks.cost import Cost
+from benchmarks.healthy import Healthy
+from benchmarks.markdown import insert
+from benchmarks.persistent import Persistent
+from benchmarks.recovery import Recovery
+
+BENCHMARKS: tuple[Benchmark, ...] = (Recovery(), Persistent(), Healthy(), Cost())
+#: Options that decide where a result goes, not what it is, and whether a value follows.
+_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1}
+
+
+def main(arguments: list[str]) -> int:
+    """List the benchmarks, or run one."""
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    benchmark: Benchmark = options.benchmark
+    if options.load is not None:
+        result = json.loads(options.load.read_text(encoding="utf-8"))
+    else:
+        result = benchmark.run(options)
+        result = {"benchmark": benchmark.name, "command": _command(arguments), "machine": _machine(), **result}
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    section = _section(benchmark, result)
+    if options.write is not None:
+        insert(options.write, benchmark.name, section)
+    else:
+        print(section)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure kalmanguard. Without --write the section of docs/benchmarks.md is printed.",
+    )
+    commands = parser.add_subparsers(metavar="NAME", required=True)
+    for benchmark in BENCHMARKS:
+        command = commands.add_parser(benchmark.name, help=benchmark.summary, description=benchmark.summary)
+        command.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1")
+        command.add_argument("--quick", action="store_true", help="a short look; not for the page")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the raw result there")
+        command.add_argument("--load", type=Path, metavar="FILE", help="take a raw result from there instead of running")
+        command.add_argument("--write", type=Path, metavar="PAGE", help="put the section between its markers in PAGE")
+        command.add_argument("--processes", type=int, default=2, metavar="N", help="worker processes (default 2)")
+        command.add_argument(
+            "--cache", type=Path, metavar="FILE", help="keep results of runs without kalmanguard there, and reuse them"
+        )
+        benchmark.add_options(command)
+        command.set_defaults(benchmark=benchmark)
+    return parser
+
+
+def _command(arguments: list[str]) -> str:
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        name = argument.split("=")[0]
+        if name not in _WHERE:
+            kept.append(argument)
+        elif "=" not in argument:
+            next(rest, None)
+    return shlex.join(["python", "-m", "benchmarks", *kept])
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} shared cores, torch {torch.__version__}, one thread a process"
+
+
+def _section(benchmark: Benchmark, result: Result) -> str:
+    return f"`{result['command']}` on {result['machine']}.\n\n{benchmark.markdown(result)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,260 @@
+"""The judgement of a probe: inside the envelope, a spike that heals, overfitting, or harm to be undone."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from kalmanguard.control.envelope import Envelope, EnvelopeRule
+from kalmanguard.control.ledger import Episode, Ledger
+from kalmanguard.detectors.paired import paired_standard_error, paired_test
+from kalmanguard.estimators.bank import Estimators
+from kalmanguard.estimators.probe import ProbeFilter, ProbePrediction
+from kalmanguard.records import Evidence, Guarantee, Measurement, Mode, ProbeReading
+from kalmanguard.settings import Settings
+
+#: Innovation of the probe, in tracked standard deviations, above which a state is not certified.
+_PROBE_GATE = 6.0
+#: Steps after the last suspicion during which nothing is certified.
+_QUIET = 5
+#: Shares of the give-back that count as harm when a drift alarm, or an innovation that lasts, stands behind it.
+_DRIFTED_SHARE = 0.25
+_EXPLAINED_SHARE = 0.5
+#: The same for a run that has just been restored.
+_RECOVERING_SHARE = 0.125
+#: Times ``hold`` after which a restored run that has not come back counts as harmed again.
+_PATIENT_HOLDS = 3
+#: Probes in a row, each above the one before, after which it counts so at once.
+_CLIMBS = 6
+_ERROR_GAIN = 0.2
+
+
+class Verdict(NamedTuple):
+    """What one probe says; the defaults are those of a step without a probe.
+
+    ``accepted``: inside the bound and as predicted. ``broken``: above the bound. ``strained``: above the inner line
+    that counts as harm if it lasts. ``harm``: why the step must be undone, as a clause; empty when it need not.
+    """
+
+    y: float = math.nan
+    level: float = math.nan
+    accepted: bool = False
+    broken: bool = False
+    strained: bool = False
+    overfitting: bool = False
+    bound: float = math.inf
+    envelope: Envelope | None = None
+    prediction: ProbePrediction | None = None
+    harm: str = ""
+    evidence: tuple[Evidence, ...] = ()
+
+
+class Judge:
+    """Confirmation: what a probe says against the envelope, and how long harm must last to be undone.
+
+    Parameters
+    ----------
+    settings
+        The envelope's constants and the patience.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._probe = ProbeFilter()
+        self._rule = EnvelopeRule(
+            give_back=settings.give_back,
+            standard_errors=settings.standard_errors,
+            floor_frac=settings.floor_frac,
+        )
+
+    def judge(
+        self, e: Estimators, ledger: Ledger, m: Measurement, probe: ProbeReading
+    ) -> tuple[Estimators, Ledger, Verdict]:
+        """Judge one probe, and learn from it."""
+        y = probe.mean
+        ledger = ledger._replace(probes=ledger.probes + 1, last_probe=m.step)
+        if not math.isfinite(y):
+            harm = "the held-out loss is not finite"
+            return e, ledger, Verdict(y=y, harm=harm, evidence=(Evidence("probe", y, True, Guarantee.EXACT, harm),))
+        if math.isnan(ledger.start):
+            ledger = ledger._replace(start=y, best=y, last_accepted=m.step)
+            e = e._replace(probe=self._probe.update(e.probe, y, 0.0), reference=probe.losses)
+            return e, ledger, Verdict(y=y, level=y, accepted=True, envelope=self._line(ledger))
+        floor = max(ledger.standard_error, 1e-4 * abs(ledger.best), 1e-12)
+        verdict = self._measure(e, ledger, probe, floor)
+        if verdict.strained:
+            ledger, verdict = self._weigh(ledger, m, verdict)
+        if ledger.mode is Mode.RECOVERING and not self.is_back(ledger, y):
+            ledger, verdict = self._expect_return(ledger, m, verdict)
+        ledger = ledger._replace(last_y=y)
+        if not verdict.broken:
+            e = e._replace(probe=self._probe.update(e.probe, y, floor))
+        if not verdict.accepted:
+            return e, ledger, verdict
+        assert e.probe.gaussian is not None
+        if _comparable(e, probe):
+            assert e.reference is not None
+            error, seen = paired_standard_error(probe.losses, e.reference), ledger.standard_error
+            ledger = ledger._replace(standard_error=error if seen == 0 else seen + _ERROR_GAIN * (error - seen))
+        # The filtered level, not the luckiest probe; never below what the probe itself has shown.
+        level = max(e.probe.gaussian.level, y)
+        ledger = ledger._replace(best=min(ledger.best, level), last_accepted=m.step, declined=False)
+        return e._replace(reference=probe.losses), ledger, verdict._replace(level=level)
+
+    def _line(self, ledger: Ledger, share: float = 1.0) -> Envelope:
+        return self._rule.of(ledger.start, ledger.best, ledger.standard_error, share=share)
+
+    def _measure(self, e: Estimators, ledger: Ledger, probe: ProbeReading, floor: float) -> Verdict:
+        """Hold a probe against the envelope, its prediction, and the inner lines."""
+        y, envelope = probe.mean, self._line(ledger)
+        prediction = self._probe.predict(e.probe, floor)
+        bound, line = envelope.bound, envelope.bound
+        if ledger.mode is Mode.RECOVERING:
+            # A restored run must show that it no longer degrades, so it is held closer.
+            closer = self._line(ledger, _RECOVERING_SHARE).allowance
+            bound = min(bound, max(ledger.ladder.level, ledger.best) + closer)
+        if ledger.episode is not None and ledger.episode.explained:
+            line = self._line(ledger, _DRIFTED_SHARE if ledger.episode.drifted else _EXPLAINED_SHARE).bound
+        broken = ledger.warm and y > bound
+        gated = ledger.warm and prediction is not None and prediction.ready and _beyond(y, prediction)
+        evidence: list[Evidence] = []
+        if _comparable(e, probe):
+            assert e.reference is not None
+            evidence.append(paired_test(probe.losses, e.reference))
+        if broken:
+            lost = envelope.give_back(y)
+            message = (
+                f"held-out loss {y:.4g} is above its bound {bound:.4g}: {100 * lost:.0f} % of the progress from "
+                f"{envelope.start:.4g} to {envelope.best:.4g} is given back"
+            )
+            evidence.append(Evidence("envelope", lost, True, Guarantee.EXACT, message))
+        elif gated and prediction is not None:
+            off = (y - prediction.level) / prediction.deviation
+            message = f"held-out loss {y:.4g} was predicted to be {prediction.level:.4g} +- {prediction.deviation:.2g}"
+            evidence.append(Evidence("probe-innovation", off, True, Guarantee.HEURISTIC, message))
+        return Verdict(
+            y=y,
+            accepted=not broken and not gated,
+            broken=broken,
+            strained=broken or (ledger.warm and y > line),
+            bound=bound,
+            envelope=envelope,
+            prediction=prediction,
+            evidence=tuple(evidence),
+        )
+
+    @staticmethod
+    def _expect_return(ledger: Ledger, m: Measurement, verdict: Verdict) -> tuple[Ledger, Verdict]:
+        """A restored run that is not back yet: has it had time enough, or does it move away?"""
+        ledger = ledger._replace(climbed=ledger.climbed + 1 if verdict.y > ledger.last_y else 0)
+        since = m.step - ledger.ladder.restored_at
+        if since < _PATIENT_HOLDS * ledger.ladder.hold and ledger.climbed < _CLIMBS:
+            return ledger, verdict
+        harm = (
+            f"the held-out loss {verdict.y:.4g} moves away from the restored {ledger.ladder.level:.4g}, {since} steps "
+            "after the last rollback"
+        )
+        return ledger, verdict._replace(harm=harm)
+
+    def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> tuple[Ledger, Verdict]:
+        """A broken envelope: harm to be undone, a spike that heals by itself, or overfitting?
+
+        Severe harm that an innovation explains is undone at once. Moderate harm is given time: it is confirmed when it
+        grows, or when it has not fallen by a third over probes at doubling distances. Without any innovation to explain
+        it, it is given four times as long, since healthy training has such spikes and recovers from them. With one,
+        half of the bound counts as harm if it lasts, and a quarter when the training loss has drifted as well.
+        """
+        assert verdict.envelope is not None
+        episode = ledger.episode or Episode(max(ledger.last_accepted + 1, 1), m.step, explained=False)
+        excess = verdict.y - verdict.envelope.best
+        previous = episode.excess
+        episode = episode._replace(
+            broken=episode.broken + 1,
+            first=excess if episode.broken == 0 else episode.first,
+            worst=max(episode.worst, excess),
+            excess=excess,
+        )
+        ledger = ledger._replace(episode=episode)
+        give_back = verdict.envelope.give_back(verdict.y)
+        if not episode.explained and self._overfits(ledger, m, verdict):
+            advice = Evidence(
+                "overfitting", give_back, True, Guarantee.HEURISTIC,
+                "held-out loss rises slowly while the training loss is at its lowest: overfitting, not instability; "
+                "consider stopping early",
+            )  # fmt: skip
+            return ledger._replace(episode=None, lapsed=ledger.lapsed + 1), verdict._replace(
+                overfitting=True, evidence=(*verdict.evidence, advice)
+            )
+        patience = self._settings.patience
+        if give_back > max(0.5, 2.5 * self._settings.give_back):
+            confirmed = episode.explained or (episode.broken >= 2 and excess > 0.8 * previous)
+        elif not verdict.broken:
+            last = 2 if episode.drifted else patience + 2
+            confirmed = episode.broken >= last and excess > 0.67 * episode.worst
+        elif ledger.mode is Mode.RECOVERING:
+            confirmed = episode.broken >= patience + 2 or episode.rising + (verdict.y > episode.y) > patience
+        else:
+            climbing = episode.rising + (verdict.y > episode.y) >= patience
+            growing = episode.explained and (climbing or (episode.broken >= patience and excess > 1.15 * episode.first))
+            last = patience + (2 if episode.explained else 4)
+            confirmed = growing or (episode.broken >= last and excess > 0.67 * episode.worst)
+        if not confirmed:
+            return ledger, verdict
+        harm = (
+            f"the held-out loss {verdict.y:.4g} has left its best level {verdict.envelope.best:.4g} (bound "
+            f"{verdict.bound:.4g}) and {100 * min(give_back, 99.99):.0f} % of the progress is lost"
+        )
+        return ledger, verdict._replace(harm=harm)
+
+    def is_back(self, ledger: Ledger, y: float) -> bool:
+        """Whether a restored run is where it was restored to, or better, within the probe's noise."""
+        line = self._rule.of(ledger.ladder.level, ledger.ladder.level, ledger.standard_error)
+        return not ledger.warm or y <= line.bound
+
+    def _overfits(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> bool:
+        state = ledger.drift
+        if m.loss is None or state.level is None or verdict.prediction is None or not verdict.prediction.ready:
+            return False
+        lowest = state.level <= ledger.lowest_loss + 0.5 * state.scale.deviation
+        return lowest and not _beyond(verdict.y, verdict.prediction)
+
+    def follow_up(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> Ledger:
+        """Decide when an episode is looked at again, and when it is over."""
+        episode = ledger.episode
+        if verdict.overfitting:
+            return ledger
+        if verdict.accepted and not verdict.strained:
+            if episode is None:
+                return ledger
+            if m.step - episode.last >= _QUIET and ledger.excursion.fired_at == 1.0:
+                return ledger._replace(episode=None)
+            episode = episode._replace(broken=0, worst=0.0, excess=math.inf)
+        elif episode is None:
+            episode = Episode(max(ledger.last_accepted + 1, 1), m.step, explained=False)
+        else:
+            episode = episode._replace(last=m.step)
+        # Looked at in the next step, then at doubling distances unless it climbs: each look costs a probe.
+        rising = episode.rising + 1 if verdict.y > episode.y else 0
+        gap = episode.gap if rising else 2 * episode.gap
+        return ledger._replace(
+            episode=episode._replace(next_probe=m.step + episode.gap, gap=gap, rising=rising, y=verdict.y)
+        )
+
+    def end_warmup(self, ledger: Ledger, m: Measurement) -> Ledger:
+        """Leave warm-up once enough was probed and something was gained, or after ten times as long."""
+        settings = self._settings
+        if m.step < settings.warmup_steps or ledger.probes < 3 or math.isnan(ledger.start):
+            return ledger
+        floor = self._rule.of(ledger.best, ledger.best, ledger.standard_error).allowance
+        progressed = ledger.start - ledger.best > 2.0 * floor
+        if progressed or m.step >= 10 * settings.warmup_steps:
+            return ledger._replace(warm=True)
+        return ledger
+
+
+def _comparable(e: Estimators, probe: ProbeReading) -> bool:
+    return e.reference is not None and len(e.reference) == len(probe.losses)
+
+
+def _beyond(y: float, prediction: ProbePrediction) -> bool:
+    return y > prediction.level + _PROBE_GATE * prediction.deviation

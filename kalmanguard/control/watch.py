@@ -1,0 +1,145 @@
+"""The watch: run the cheap detectors, open an episode when one fires, and say when a probe is worth its cost."""
+
+from __future__ import annotations
+
+import math
+
+from kalmanguard.control.cadence import cadence
+from kalmanguard.control.ledger import Episode, Ledger
+from kalmanguard.detectors.certain import certain
+from kalmanguard.detectors.drift import DriftResult, DriftTest
+from kalmanguard.detectors.excursion import LearningRateExcursion
+from kalmanguard.detectors.tail import TailTest
+from kalmanguard.estimators.bank import CHANNELS, Innovations
+from kalmanguard.records import Evidence, Innovation, Measurement, Mode
+from kalmanguard.settings import Settings
+
+#: Long-run rate of firings of each tail test that is aimed at.
+_TAIL_RATE = 1.5e-4
+#: A learning rate above this many times its moving average has just been raised: a loss that rises is no drift then.
+_RAISED = 1.5
+_RATE_GAIN = 0.01
+#: Steps that a drift takes to lift the statistic out of what healthy training gives.
+_DRIFT_START = 8
+#: Steps between probes while a learning rate is beyond what has been certified.
+_EXCURSION_PROBES = 4
+#: Steps between probes of a run that has been restored, and of one on probation after that.
+_RECOVERING_PROBES = 8
+_PROBATION_PROBES = 16
+_WARMUP_PROBES = 10
+#: Edits of parameters between steps after which they count as the user's habit.
+_HABIT = 3
+
+
+class Watch:
+    """Suspicion: every step, cheap, and allowed to be wrong; all it can do is to buy a probe.
+
+    Parameters
+    ----------
+    settings
+        Thresholds, the drift test's run length, and cadences that the user has fixed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tails = tuple(
+            TailTest(channel, threshold=settings.suspicion, rate=_TAIL_RATE, two_sided=channel in ("gain", "buffers"))
+            for channel in CHANNELS
+        )
+        self._drift = DriftTest(run_length=settings.run_length)
+        self._excursion = LearningRateExcursion()
+
+    def look(
+        self, ledger: Ledger, innovations: Innovations, m: Measurement
+    ) -> tuple[Ledger, tuple[Evidence, ...], DriftResult | None]:
+        """Run all detectors on one step."""
+        tails = ledger.tails
+        evidence, ledger, drift = self._detect(ledger, innovations.channels, m)
+        if not evidence:
+            return ledger, evidence, drift
+        episode = ledger.episode
+        episode = (
+            Episode(m.step, m.step, explained=True, next_probe=m.step, tails=tails)
+            if episode is None
+            else episode._replace(last=m.step, explained=True, next_probe=m.step, gap=1)
+        )
+        if drift is not None and drift.alarm and max(m.learning_rates, default=0.0) <= _RAISED * ledger.rate:
+            # The alarm comes long after the drift began: go back to before that.
+            began = m.step - ledger.drift.risen_for - _DRIFT_START
+            episode = episode._replace(drifted=True, onset=min(episode.onset, began))
+        return ledger._replace(episode=episode), evidence, drift
+
+    def wants_probe(self, ledger: Ledger, step: int) -> bool:
+        """Whether this step is worth a probe."""
+        if ledger.mode is Mode.HALTED:
+            return False
+        since = step - ledger.last_probe
+        if ledger.probes == 0 or since >= self._probe_every(ledger, step):
+            return True
+        if ledger.episode is not None and step >= ledger.episode.next_probe:
+            return True
+        if ledger.excursion.fired_at > 1.0 and since >= _EXCURSION_PROBES:
+            return True
+        recovering = ledger.mode is Mode.RECOVERING
+        return recovering and (since >= _RECOVERING_PROBES or _looks_again(step - ledger.ladder.restored_at))
+
+    def _probe_every(self, ledger: Ledger, step: int) -> int:
+        settings = self._settings
+        every = (ledger.cadence or cadence(settings, None)).probe_every
+        if ledger.ladder.score:
+            # On probation until the ladder is settled: what was released may do harm again.
+            every = min(every, _PROBATION_PROBES)
+        # Warm-up ends with what its probes show, so it must not wait for a slow cadence.
+        warming = not ledger.warm and step <= 2 * settings.warmup_steps and settings.probe_every is None
+        return min(every, _WARMUP_PROBES) if warming else every
+
+    def _detect(
+        self, ledger: Ledger, innovations: tuple[Innovation | None, ...], m: Measurement
+    ) -> tuple[tuple[Evidence, ...], Ledger, DriftResult | None]:
+        found: list[Evidence] = []
+        warm = ledger.warm or m.step > self._settings.warmup_steps
+        tails = ledger.tails
+        drift, drift_state, lowest = None, ledger.drift, ledger.lowest_loss
+        excursion = ledger.excursion
+        now = max(m.learning_rates, default=0.0)
+        rate = now if ledger.rate == 0.0 else ledger.rate + _RATE_GAIN * (now - ledger.rate)
+        if warm:
+            if any(i is not None for i in innovations):
+                new = list(tails)
+                for index, innovation in enumerate(innovations):
+                    if innovation is not None:
+                        tail, evidence = self._tails[index].step(tails[index], innovation)
+                        # One episode counts once: a shift that lasts must not raise the threshold at every step.
+                        if evidence is None or ledger.episode is None:
+                            new[index] = tail
+                        if evidence is not None:
+                            found.append(evidence)
+                tails = tuple(new)
+            excursion, evidence = self._excursion.step(excursion, _effective(m))
+            if evidence is not None:
+                found.append(evidence)
+        else:
+            excursion = self._excursion.learn(excursion, _effective(m))
+        if m.loss is not None and math.isfinite(m.loss):
+            drift_state, drift, evidence = self._drift.step(drift_state, m.loss)
+            if evidence is not None:
+                found.append(evidence)
+            if drift_state.level is not None and warm:
+                lowest = min(lowest, drift_state.level)
+        found.extend(certain(m, habitual=ledger.tampered > _HABIT))
+        return (
+            tuple(found),
+            ledger._replace(tails=tails, drift=drift_state, excursion=excursion, lowest_loss=lowest, rate=rate),
+            drift,
+        )
+
+
+def _effective(m: Measurement) -> tuple[float, ...]:
+    if m.lr_factor == 1.0:
+        return m.learning_rates
+    return tuple(rate * m.lr_factor for rate in m.learning_rates)
+
+
+def _looks_again(steps: int) -> bool:
+    """Right after a restore probe at every step, then at doubling distances."""
+    return steps <= 3 or (steps & (steps - 1)) == 0
