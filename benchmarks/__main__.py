@@ -17,11 +17,26 @@ import torch
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.cost import Cost
 from benchmarks.healthy import Healthy
+from benchmarks.journal import Journal
 from benchmarks.markdown import insert
 from benchmarks.persistent import Persistent
+from benchmarks.probe_clock import ProbeClock
+from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
+from benchmarks.sketch import SketchBenchmark as Sketch
+from benchmarks.snapshots import Snapshots
 
-BENCHMARKS: tuple[Benchmark, ...] = (Recovery(), Persistent(), Healthy(), Cost())
+BENCHMARKS: tuple[Benchmark, ...] = (
+    Recovery(),
+    Persistent(),
+    Healthy(),
+    RealCurves(),
+    Cost(),
+    Sketch(),
+    ProbeClock(),
+    Snapshots(),
+    Journal(),
+)
 #: Options that decide where a result goes, not what it is, and whether a value follows.
 _WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1}
 
@@ -61,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1")
         command.add_argument("--quick", action="store_true", help="a short look; not for the page")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the raw result there")
-        command.add_argument("--load", type=Path, metavar="FILE", help="take a raw result from there instead of running")
+        command.add_argument("--load", type=Path, metavar="FILE", help="take a raw result from there, run nothing")
         command.add_argument("--write", type=Path, metavar="PAGE", help="put the section between its markers in PAGE")
         command.add_argument("--processes", type=int, default=2, metavar="N", help="worker processes (default 2)")
         command.add_argument(

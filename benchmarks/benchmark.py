@@ -17,7 +17,8 @@ class Benchmark(ABC):
     summary: str
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Declare options beyond the common ones."""
+        """Declare options beyond the common ones; there are none by default."""
+        del parser
 
     @abstractmethod
     def run(self, options: argparse.Namespace) -> Result:

@@ -42,6 +42,7 @@ _PARTS = (
     ("actuators/actuator.py", "keep"),
     ("actuators/actuator.py", "checkpoint"),
 )
+_NUMBERS = ("suspicions", "probes", "vetoes", "rollbacks", "probe_every", "snapshot_every")
 _IMPORTS = ("import torch", "import torch, kalmanguard", "import torch; from kalmanguard import Supervisor")
 
 
@@ -78,7 +79,7 @@ class Cost(Benchmark):
                 run["recipe"], f"{first['parameters']:,}", f"{len(repeats)} x {run['steps']:,}",
                 f"{number(1e3 * statistics.median(r['bare_s'] for r in repeats) / run['steps'])} ms",
                 f"**{number(statistics.median(ratios), 4)}**", f"{number(ratios[0], 4)} to {number(ratios[-1], 4)}",
-                number(statistics.median(r["beside_s"] / r["bare_s"] for r in repeats), 2),
+                number(max(0.0, statistics.median(r["beside_s"] / r["bare_s"] for r in repeats)), 2),
                 ", ".join(str(r["statistics"]["probe_every"]) for r in repeats),
                 ", ".join(str(r["statistics"]["snapshot_every"]) for r in repeats),
                 f"{number(1e3 * statistics.median(r['start_s'] for r in repeats), 2)} ms",
@@ -87,10 +88,11 @@ class Cost(Benchmark):
         engine, imports = result["engine"], result["imports"]
         base, with_package, with_supervisor = (statistics.median(imports[code]) for code in _IMPORTS)
         parts = [
-            "*Ratio*: total time of all steps with supervision (updates, probes, snapshots, journal and checkpoints in a run "
-            "folder) over that of the bare twin, whose steps alternate with the supervised ones; the first "
-            f"{_DISCARDED} are not counted; median over repeats. *Beside*: processor time of background threads "
-            "(checkpoints), over the bare time; it delays both twins alike and is not in the ratio.",
+            "*Ratio*: total time of all steps with supervision (updates, probes, snapshots, journal and "
+            "checkpoints in a run folder) over that of the bare twin, whose steps alternate with the supervised "
+            f"ones; the first {_DISCARDED} are not counted; median over repeats. *Beside*: processor time of "
+            "background threads (checkpoints), over the bare time; it delays both twins alike and is not in the "
+            "ratio.",
             table(
                 [
                     *("plant", "parameters", "repeats x steps", "bare step", "ratio", "range", "beside"),
@@ -98,8 +100,8 @@ class Cost(Benchmark):
                 ],
                 rows,
             ),
-            f"`Engine.step`: {number(engine['plain'])} us without a probe, {number(engine['probed'])} us with one of 128 "
-            "examples (median of rounds).",
+            f"`Engine.step`: {number(engine['plain'])} us without a probe, {number(engine['probed'])} us with one of "
+            "128 examples (median of rounds).",
             f"Import: torch alone {number(base)} s, with kalmanguard {number(with_package - base, 2)} s more, "
             f"with `Supervisor` {number(with_supervisor - base, 2)} s more (median of "
             f"{len(imports[_IMPORTS[0]])} new interpreters each).",
@@ -107,8 +109,8 @@ class Cost(Benchmark):
         for recipe, profile_ in result["profile"].items():
             rows = [[name, number(us), number(calls, 2)] for name, us, calls in profile_]
             parts += [
-                f"Where it goes, {recipe}, under cProfile (which makes Python calls slower): microseconds per supervised "
-                "step, callees included, and calls per step.",
+                f"Where it goes, {recipe}, under cProfile (which makes Python calls slower): microseconds per "
+                "supervised step, callees included, and calls per step.",
                 table(["part", "us", "calls"], rows),
             ]
         return "\n\n".join(parts)
@@ -148,9 +150,7 @@ def interleave(recipe: str, steps: int, seed: int) -> Result:
         "beside_s": beside,
         "start_s": start_s,
         "end_s": end_s,
-        "statistics": {
-            key: numbers[key] for key in ("suspicions", "probes", "vetoes", "rollbacks", "probe_every", "snapshot_every")
-        },
+        "statistics": {key: numbers[key] for key in _NUMBERS},
     }
 
 
@@ -168,10 +168,9 @@ def engine_step(rounds: int) -> dict[str, float]:
     engine = Engine(Settings())
     rng = np.random.default_rng(0)
     state = engine.init()
-    step = 0
     seconds: dict[str, list[float]] = {"plain": [], "probed": []}
 
-    def measurement(*, probe: bool) -> Measurement:
+    def measurement(step: int, *, probe: bool) -> Measurement:
         level = 2.3 * np.exp(-step / 2_000)
         return Measurement(
             step=step,
@@ -183,12 +182,12 @@ def engine_step(rounds: int) -> dict[str, float]:
         )
 
     for step in range(500):
-        state, _ = engine.step(state, measurement(probe=step % 20 == 0))
+        state, _ = engine.step(state, measurement(step, probe=step % 20 == 0))
+    begin = 500
     for _ in range(rounds):
         for name, count in (("plain", 200), ("probed", 20)):
-            measurements = []
-            for step in range(step + 1, step + 1 + count):
-                measurements.append(measurement(probe=name == "probed"))
+            measurements = [measurement(step, probe=name == "probed") for step in range(begin, begin + count)]
+            begin += count
             started = time.perf_counter()
             for one in measurements:
                 state, _ = engine.step(state, one)
@@ -212,13 +211,15 @@ def profile(recipe: str, steps: int) -> list[tuple[str, float, float]]:
     torch.manual_seed(0)
     plant = make_plant(recipe, seed=0, steps=steps + _DISCARDED)
     profiler = cProfile.Profile()
-    with tempfile.TemporaryDirectory() as folder:
-        with Supervisor(plant.model, plant.probe_loader, optimizer=plant.optimizer, run_dir=folder) as supervisor:
-            for step in range(_DISCARDED + steps):
-                if step == _DISCARDED:
-                    profiler.enable()
-                _step(plant, next(plant.loader), supervisor)
-            profiler.disable()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Supervisor(plant.model, plant.probe_loader, optimizer=plant.optimizer, run_dir=folder) as supervisor,
+    ):
+        for step in range(_DISCARDED + steps):
+            if step == _DISCARDED:
+                profiler.enable()
+            _step(plant, next(plant.loader), supervisor)
+        profiler.disable()
     parts = []
     for (path, _, name), (_, calls, _, cumulative, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
         for file, function in _PARTS:

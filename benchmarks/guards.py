@@ -6,7 +6,6 @@ import copy
 import math
 import statistics
 import tempfile
-from abc import ABC
 from collections import Counter, deque
 from typing import Any
 
@@ -23,8 +22,11 @@ from kalmanguard.records import Action, Level, Mode
 Event = dict[str, Any]
 
 
-class Guard(ABC):
-    """Watches one run. The loop asks ``admits`` before the optimizer's step and calls ``after`` behind it."""
+class Guard:
+    """Watches one run; this one lets everything pass.
+
+    The loop asks ``admits`` before the optimizer's step and calls ``after`` behind it.
+    """
 
     def __init__(self, plant: Plant) -> None:
         self.plant = plant
@@ -45,10 +47,6 @@ class Guard(ABC):
     def close(self) -> dict[str, Any]:
         """End supervision, and say what there is to say about the whole run."""
         return {}
-
-
-class NoGuard(Guard):
-    """The bare loop."""
 
 
 class Clipping(Guard):
@@ -141,5 +139,10 @@ def make_guard(name: str, plant: Plant) -> Guard:
         from benchmarks.peers import Arc
 
         return Arc(plant)
-    return {"none": NoGuard, "kalmanguard": Kalmanguard, "clipping": Clipping, "z-score": ZScore}[name](plant)
-
+    makers: dict[str, type[Guard]] = {
+        "none": Guard,
+        "kalmanguard": Kalmanguard,
+        "clipping": Clipping,
+        "z-score": ZScore,
+    }
+    return makers[name](plant)

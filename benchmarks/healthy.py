@@ -65,10 +65,10 @@ class Healthy(Benchmark):
                 cells += [spread([r["ratio"] for r in runs]), spread([r["most_given_back"] for r in runs], 2)]
                 rows.append(cells)
         parts = [
-            "Nothing is wrong in any of these runs. *Learning rate touched*: steps whose rate differed from the bare run's; "
-            "*same end*: runs whose final held-out loss is the bare run's to the last bit; *final*: over the bare run's, "
-            "median / worst; *given back*: largest share of the progress on "
-            "examples that no guard sees, at every 10th step, median / worst run.",
+            "Nothing is wrong in any of these runs. *Learning rate touched*: steps whose rate differed from the "
+            "bare run's; *same end*: runs whose final held-out loss is the bare run's to the last bit; *final*: "
+            "over the bare run's, median / worst; *given back*: largest share of the progress on examples that no "
+            "guard sees, at every 10th step, median / worst run.",
             table(
                 [
                     *("kalmanguard on", "runs x steps", "suspicions", "vetoes", "clips", "rollbacks", "halts"),
@@ -89,9 +89,7 @@ class Healthy(Benchmark):
 
 def _flight(recipe: str, seed: int, guard: str) -> Flight:
     steps = _LONG_STEPS if recipe in LONG else _SHORT_STEPS
-    return Flight(
-        recipe=recipe, seed=seed, steps=steps, guard=guard, rates=True, truth=(0, *range(30, steps + 1, 10))
-    )
+    return Flight(recipe=recipe, seed=seed, steps=steps, guard=guard, rates=True, truth=(0, *range(30, steps + 1, 10)))
 
 
 def _judge(flight: Flight, run: Result, bare: Result) -> Result:

@@ -1,4 +1,4 @@
-"""What the journal costs: ``python benchmarks/journal.py [--json]``.
+"""What the journal costs.
 
 Variants take turns in short rounds on one machine, so that its moods hit all alike. A round's figure is the mean of its
 rows, with what SQLite does every so many rows counted in; given are the median and the extremes over the rounds.
@@ -7,7 +7,6 @@ rows, with what SQLite does every so many rows counted in; given are the median 
 from __future__ import annotations
 
 import argparse
-import json
 import sqlite3
 import statistics
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.benchmark import Benchmark, Result
+from benchmarks.markdown import number, table
 from kalmanguard.certificate.verify import verify
 from kalmanguard.journal import JournalReader, JournalWriter
 from kalmanguard.journal.codec import pack, unpack
@@ -30,6 +31,25 @@ NAMES = (
     *("y", "predicted", "scale", "level", "y0", "y_best", "bound", "allowance", "allowance_se", "accepted"),
     *("drift_x", "drift_m", "drift_alarm", "drift_reset"),
 )
+
+
+class Journal(Benchmark):
+    """Writing, reading and verifying rows."""
+
+    name = "journal"
+    summary = "the journal: microseconds to write, read and verify a row"
+
+    def run(self, options: argparse.Namespace) -> Result:
+        # On the file system that runs are written to: a temporary one may live in memory.
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            return {"figures": measure(Path(folder), 5 if options.quick else ROUNDS)}
+
+    def markdown(self, result: Result) -> str:
+        rows = [
+            [name, number(statistics.median(values)), number(min(values)), number(max(values))]
+            for name, values in result["figures"].items()
+        ]
+        return table(["microseconds a row", "median", "least", "most"], rows)
 
 
 def example(step: int, *, probe: bool) -> tuple[Measurement, Decision]:
@@ -76,7 +96,7 @@ def bare_table(file: Path) -> tuple[sqlite3.Connection, Callable[[int, bytes, by
     return connection, insert
 
 
-def measure(folder: Path) -> dict[str, list[float]]:
+def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Microseconds per row (or per call), one figure a round."""
     figures: dict[str, list[float]] = {}
 
@@ -93,7 +113,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
     for journal in (*files.values(), memory):
         journal.write_header(header())
     connection, insert = bare_table(folder / "bare.sqlite")
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         base = turn * ROWS + 1
         clock("pack", lambda: [pack(*pair) for pair in plain], ROWS)
         clock("unpack", lambda: [unpack(*row) for row in packed], ROWS)
@@ -108,28 +128,9 @@ def measure(folder: Path) -> dict[str, list[float]]:
     for journal in (*files.values(), memory):
         journal.close()
     for name in ("plain", "probed"):
-        total = ROUNDS * ROWS
+        total = rounds * ROWS
         for _ in range(3):
             clock(f"verify, {name}", lambda name=name: verify(folder / name), total)
             with JournalReader(folder / name) as reader:
                 clock(f"read, {name}", lambda reader=reader: sum(1 for _ in reader.steps()), total)
     return figures
-
-
-def main() -> None:
-    """Print the table, or JSON."""
-    parser = argparse.ArgumentParser(description="What the journal costs.")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        figures = measure(Path(folder))
-    if options.json:
-        print(json.dumps({name: {"median_us": statistics.median(v), "rounds": v} for name, v in figures.items()}))
-        return
-    print(f"{'microseconds a row':<26}{'median':>9}{'least':>9}{'most':>9}")
-    for name, values in figures.items():
-        print(f"{name:<26}{statistics.median(values):>9.1f}{min(values):>9.1f}{max(values):>9.1f}")
-
-
-if __name__ == "__main__":
-    main()

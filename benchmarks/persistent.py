@@ -58,9 +58,10 @@ class Persistent(Benchmark):
             groups[case["recipe"], case["fault"]][case["guard"]].append(case)
         own = [[f"{recipe}, {fault}", *_own(runs["kalmanguard"])] for (recipe, fault), runs in groups.items()]
         parts = [
-            "Steps after the beginning of the fault, median / most; *given back*: share of the progress (on examples that "
-            "no guard sees) that is lost when the first rollback or halt comes; *final / best*: held-out loss at the end "
-            "over the least before the fault, of the bare run too. A run ends after 800 steps, or halted.",
+            "Steps after the beginning of the fault, median / most; *given back*: share of the progress (on "
+            "examples that no guard sees) that is lost when the first rollback or halt comes; *final / best*: "
+            "held-out loss at the end over the least before the fault, both of the same run. A run ends after 800 "
+            "steps, or halted.",
             table(
                 [
                     *("plant, fault", "suspected", "confirmed", "given back", "largest ever"),

@@ -73,14 +73,14 @@ class Recovery(Benchmark):
         if result["arc"] is None:
             parts.append("The peer ARC is not installed, so it is not in the tables.")
         parts.append(
-            "Final held-out loss over that of the clean twin, median / worst. *Harmful*: without a guard, the true loss "
-            "gives back more than 20 % of the progress at some step. *Null*: nothing is wrong, but one random batch "
-            "is skipped."
+            "Final held-out loss over that of the clean twin, median / worst. *Harmful*: without a guard, the true "
+            "loss gives back more than 20 % of the progress at some step. *Null*: nothing is wrong, but one random "
+            "batch is skipped."
         )
         parts.append(_outcomes(result))
         parts.append(
-            "Steps from the first harm of the unguarded twin to the first suspicion and to the first deed (veto, clip or "
-            "rollback); negative: before any harm was done. Harmful cases only, median / worst."
+            "Steps from the first harm of the unguarded twin to the first suspicion and to the first deed (veto, "
+            "clip or rollback); negative: before any harm was done. Harmful cases only, median / worst."
         )
         parts.append(_delays(result))
         parts.append("What the guards did. *Lost*: updates that were applied and then undone, median / most.")
@@ -259,14 +259,15 @@ def _verdict(result: Result) -> str:
         ]
         early = sum(case["guards"][guard]["early"] for case in cases)
         lines.append(
-            f"- {guard}: of {len(harmful)} harmful runs, {len(late)} were seen later than 2 steps after the first harm or "
-            f"never, and in {len(ignored)} nothing was done; {len(needless)} of {len(cases) - len(harmful)} harmless runs "
-            f"were rolled back; {early} events before any fault."
+            f"- {guard}: of {len(harmful)} harmful runs, {len(late)} were seen later than 2 steps after the first "
+            f"harm or never, and in {len(ignored)} nothing was done; {len(needless)} of {len(cases) - len(harmful)} "
+            f"harmless runs were rolled back; {early} events before any fault."
         )
     worst = max(cases, key=lambda case: _number(case["guards"]["kalmanguard"]["ratio"]))
     lines.append(
         f"- kalmanguard's worst: {worst['recipe']}, {worst['fault']}, seed {worst['seed']}, step {worst['at']}: "
-        f"{number(worst['guards']['kalmanguard']['ratio'])}, without a guard {number(worst['guards']['none']['ratio'])}."
+        f"{number(worst['guards']['kalmanguard']['ratio'])}, without a guard "
+        f"{number(worst['guards']['none']['ratio'])}."
     )
     return "\n".join(lines)
 

@@ -1,7 +1,4 @@
-"""Cost of snapshots: capture and restore beside a plain memory copy of the same bytes, rounds interleaved.
-
-Run with ``python benchmarks/snapshots.py``; ``--small`` leaves the 25 M-parameter model out.
-"""
+"""Cost of snapshots: capture and restore beside a plain memory copy of the same bytes, rounds interleaved."""
 
 from __future__ import annotations
 
@@ -15,8 +12,41 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.benchmark import Benchmark, Result
+from benchmarks.markdown import number, table
 from kalmanguard.snapshots.disk import CheckpointStore
 from kalmanguard.snapshots.state import TrainingState
+
+_WITHOUT_RATIO = (("digest", "digest"), ("blocked", "checkpoint, training waits"), ("written", "checkpoint, in all"))
+
+
+class Snapshots(Benchmark):
+    """Capture, restore, digest and checkpoint."""
+
+    name = "snapshots"
+    summary = "snapshots: capture and restore beside a plain memory copy of the same bytes"
+
+    def run(self, options: argparse.Namespace) -> Result:
+        torch.manual_seed(0)
+        models = [measure("MLP, 26 k parameters, AdamW", mlp(), 64, rounds=60, inner=50)]
+        if not options.quick:
+            models.append(measure("24 layers, 25 M parameters, AdamW", large(), 1020, rounds=25, inner=1))
+        return {"models": models}
+
+    def markdown(self, result: Result) -> str:
+        rows = []
+        for model in result["models"]:
+            s = model["seconds"]
+            for name, beside in (("capture", "plain copy"), ("restore", "plain copy back")):
+                pair = (_time(s[beside]), _time(s[name]), f"{number(s[name] / s[beside])} x")
+                rows.append([f"{model['name']}, {name}", f"{model['bytes'] / 1e6:.1f} MB", *pair])
+            for name, label in _WITHOUT_RATIO:
+                rows.append([f"{model['name']}, {label}", "", "", _time(s[name]), ""])
+        return table(["", "bytes", "plain copy", "time", "ratio"], rows)
+
+
+def _time(seconds: float) -> str:
+    return f"{number(1e6 * seconds)} us" if seconds < 1e-3 else f"{number(1e3 * seconds)} ms"
 
 
 def mlp() -> nn.Module:
@@ -50,8 +80,8 @@ def trained(model: nn.Module, width: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def measure(label: str, model: nn.Module, width: int, rounds: int, inner: int) -> None:
-    """Measure one model and print a table."""
+def measure(label: str, model: nn.Module, width: int, rounds: int, inner: int) -> Result:
+    """Measure one model: median seconds of everything."""
     optimizer = trained(model, width)
     state = TrainingState(model, optimizers=[optimizer], schedulers=[])
     slot = state.capture()
@@ -79,12 +109,7 @@ def measure(label: str, model: nn.Module, width: int, rounds: int, inner: int) -
         rounds,
         inner,
     )
-    print(f"\n{label}: {state.bytes_per_slot() / 1e6:.1f} MB in {len(sources)} tensors")
-    for name, seconds in medians.items():
-        reference = medians["plain copy" if name in ("plain copy", "capture") else "plain copy back"]
-        print(f"  {name:16s} {seconds * 1e6:12.1f} us   {seconds / reference:5.2f} x")
-    digest = interleaved({"digest": lambda: state.digest(slot)}, max(3, rounds // 10), 1)["digest"]
-    print(f"  {'digest':16s} {digest * 1e6:12.1f} us")
+    medians |= interleaved({"digest": lambda: state.digest(slot)}, max(3, rounds // 10), 1)
     with tempfile.TemporaryDirectory() as folder, CheckpointStore(Path(folder)) as store:
         blocked, written = [], []
         for step in range(4):
@@ -93,22 +118,5 @@ def measure(label: str, model: nn.Module, width: int, rounds: int, inner: int) -
             blocked.append(time.perf_counter() - start)
             store.flush()
             written.append(time.perf_counter() - start)
-        print(f"  {'checkpoint':16s} {statistics.median(written) * 1e6:12.1f} us in the background, ", end="")
-        print(f"blocks {statistics.median(blocked) * 1e6:.1f} us")
-
-
-def main() -> None:
-    """Parse the arguments and measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="leave the 25 M-parameter model out")
-    parser.add_argument("--threads", type=int, default=1, help="intra-op threads")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    measure("MLP, 26 k parameters, AdamW", mlp(), 64, rounds=60, inner=50)
-    if not arguments.small:
-        measure("24 layers, 25 M parameters, AdamW", large(), 1020, rounds=25, inner=1)
-
-
-if __name__ == "__main__":
-    main()
+    medians |= {"blocked": statistics.median(blocked), "written": statistics.median(written)}
+    return {"name": label, "bytes": state.bytes_per_slot(), "seconds": medians}

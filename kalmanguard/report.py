@@ -10,7 +10,7 @@ from typing import Any
 from kalmanguard.records import Action, Decision, Mode
 from kalmanguard.settings import Settings
 
-_WIDTH = 100
+_WIDTH = 80
 _LABEL = 16
 _FIRST, _LAST = 10, 30
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from kalmanguard.actuators.actions import Controls, Recovery, RecoveryAction
 from kalmanguard.actuators.effects import LearningRateLimit
+from kalmanguard.control.retention import MOST_SLOTS
 from kalmanguard.records import Action, Decision, Orders, Outcome
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.settings import Settings
@@ -21,8 +22,6 @@ from kalmanguard.snapshots.pretrained import pretrained_saver
 from kalmanguard.snapshots.ring import Ring
 from kalmanguard.snapshots.state import TrainingState
 
-#: More states than this would only be older ones of the same ages.
-MOST_SLOTS = 8
 _DISK_BYTES_PER_S = 2e8
 
 
@@ -45,6 +44,8 @@ class Actuator:
         What the user has registered.
     folder
         Where durable checkpoints go; ``None`` for none.
+    describe
+        The supervisor's own state, which goes into each checkpoint.
     """
 
     def __init__(
@@ -57,18 +58,20 @@ class Actuator:
         recovery: Recovery,
         extras: Mapping[str, Any],
         folder: Path | None,
+        describe: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._model, self._tap, self.state = model, tap, state
         self._settings, self._recovery = settings, recovery
         self.ring = Ring(state, slots=MOST_SLOTS)
-        self._folder, self._extras = folder, extras
+        self._folder, self._extras, self._describe = folder, extras, describe
         self.store = CheckpointStore(folder) if folder is not None else None
         self._limit = LearningRateLimit()
         tap.effects.append(self._limit)
         self._rates: dict[int, tuple[tuple[float, ...], ...]] = {}
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._next_checkpoint = 0.0
-        self.capture_s: list[float] = []
+        self._captures_s: list[float] = []
+        self._restored = -1
 
     def capacity(self) -> int:
         """Slots that fit the memory budget.
@@ -92,8 +95,8 @@ class Actuator:
         if orders.snapshot:
             started = time.perf_counter()
             self.ring.capture(step)
-            self.capture_s.append(time.perf_counter() - started)
-            del self.capture_s[:-16]
+            self._captures_s.append(time.perf_counter() - started)
+            del self._captures_s[:-16]
             self._rates[step] = tuple(
                 tuple(float(group["lr"]) for group in optimizer.param_groups) for optimizer in self._tap.optimizers
             )
@@ -113,10 +116,11 @@ class Actuator:
             # What is left of the last backward pass belongs to the state that was given up.
             optimizer.zero_grad(set_to_none=True)
         expected, actual = self.ring.verify(step, **scope)
+        self._restored = step
         error = None if expected == actual else "the restored state differs from the captured one"
         return Outcome(action, step, rung, expected, actual, manual, error)
 
-    def recover(self, decision: Decision, restored: int, *, clip_value: float, hold_steps: int) -> list[str]:
+    def recover(self, decision: Decision, *, clip_value: float, hold_steps: int) -> list[str]:
         """Run the actions of the decision's rung, or those of a halt; returns what went wrong."""
         actions: tuple[RecoveryAction, ...]
         if decision.proposed is Action.HALT:
@@ -127,7 +131,7 @@ class Actuator:
             model=self._model,
             optimizers=tuple(self._tap.optimizers),
             decision=decision,
-            restored_rates=self._rates.get(restored, ()),
+            restored_rates=self._rates.get(decision.restored_step if decision.restored_step is not None else -1, ()),
             clip_value=clip_value,
             hold_steps=hold_steps,
             learning_rate=self._limit,
@@ -135,7 +139,6 @@ class Actuator:
             checkpoint=lambda: self._store_path() if self.store is not None else None,
             generator=self._generator,
         )
-        self._restored = restored
         failures = []
         for action in actions:
             try:
@@ -144,8 +147,25 @@ class Actuator:
                 failures.append(f"{action.describe()}: {type(error).__name__}: {error}")
         return failures
 
-    _restored = 0
-    describe_state: Callable[[], Mapping[str, Any]] = staticmethod(dict)
+    def capture_s(self) -> float:
+        """Seconds that a capture into a used slot takes; the first ones also pay for the memory."""
+        return min(self._captures_s, default=0.0)
+
+    def clear(self) -> None:
+        """Give all slots up, and lift what recovery has put in force."""
+        for step in self.ring.steps():
+            self.ring.evict(step)
+        self.release()
+
+    def freeze(self) -> None:
+        """Keep the durable checkpoints as they are: a confirmed failure is being dealt with."""
+        if self.store is not None:
+            self.store.freeze()
+
+    def thaw(self) -> None:
+        """Write checkpoints again."""
+        if self.store is not None:
+            self.store.thaw()
 
     def release(self) -> None:
         """Lift what recovery has put in force."""
@@ -157,9 +177,7 @@ class Actuator:
         if self.store is None or (not force and time.monotonic() < self._next_checkpoint):
             return False
         started = time.monotonic()
-        self.store.save(
-            step, self.ring.slot(step), dict(self.describe_state()), model_saver=self._saver(step), clean=clean
-        )
+        self.store.save(step, self.ring.slot(step), dict(self._describe()), model_saver=self._saver(step), clean=clean)
         # The bytes are written beside training, at some 200 MB/s that training does not have then.
         took = time.monotonic() - started + self.state.bytes_per_slot() / _DISK_BYTES_PER_S
         self._next_checkpoint = started + took / self._settings.checkpoint_share

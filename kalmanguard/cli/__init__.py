@@ -7,4 +7,4 @@ def main() -> None:
     """Run the command line on ``sys.argv``."""
     from kalmanguard.cli.app import app
 
-    app()
+    app(prog_name="kalmanguard")

@@ -7,12 +7,16 @@ from typing import Annotated
 import typer
 
 from kalmanguard.cli.demo import demo
+from kalmanguard.cli.replay import replay
+from kalmanguard.cli.run import run
+from kalmanguard.cli.show import show
 from kalmanguard.cli.terminal import Command
+from kalmanguard.cli.verify import verify
 
 app = typer.Typer(
     name="kalmanguard",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -34,8 +38,9 @@ def top(
 ) -> None:
     """A flight controller for PyTorch training: it watches a run, undoes what breaks it, and certifies what it did.
 
-    Start with [bold]kalmanguard demo[/bold]. Every command has its own --help.
+    Start with `kalmanguard demo`. Every command has its own `--help`.
     """
 
 
-app.command(cls=Command)(demo)
+for command in (demo, run, show, verify, replay):
+    app.command(cls=Command)(command)

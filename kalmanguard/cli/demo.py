@@ -7,16 +7,17 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from kalmanguard.cli.folders import fresh_folder, shown, write_json
+from kalmanguard.cli.options import AsJson, Faults, Seed
 from kalmanguard.cli.plants import make_plant
 from kalmanguard.cli.story import CLEAN, FAULTED, LANES, SUPERVISED, Outcome, Span, Story, fault_label
-from kalmanguard.cli.terminal import ExitCode, console, duration, emit, number, plain, warnings_on
+from kalmanguard.cli.terminal import ExitCode, console, duration, emit, number, warnings_on
 
 if TYPE_CHECKING:
     from kalmanguard.certificate.verify import Report
@@ -34,28 +35,29 @@ def demo(
         "demo-out"
     ),
     steps: Annotated[int, typer.Option(min=10, help="Steps of training, for each of the three runs.")] = 700,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data order and faults.")] = 0,
-    fault: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SPEC",
-            help="A fault as KIND[:VALUE]@STEP[:NAME=VALUE]..., for example lr_spike:50@300:steps=5; may be repeated. "
-            "By default a learning rate 50 times too large for 5 steps, a gradient 1000 times too large, and a "
-            "flipped bit in a weight.",
-        ),
-    ] = None,
+    seed: Seed = 0,
+    fault: Faults = None,
     plant: Annotated[
         str, typer.Option(help="What is trained: chartransformer, cnn, mlp, quadratic, or another registered plant.")
     ] = "chartransformer",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Break a training run on purpose, and watch it being rescued. About a minute.
 
     The same network is trained three times side by side: undisturbed (clean), with faults (faulted), and with the same
-    faults under supervision (supervised). Nothing is downloaded. A table, a figure (story.png) and the checked
-    certificate of the supervised run tell what came of it.
+    faults under supervision (supervised). Nothing is downloaded. Without --fault there are three: a learning rate 50
+    times too large for 5 steps, a gradient 1000 times too large, and a flipped bit in a weight. A table, a figure
+    (story.png) and the checked certificate of the supervised run tell what came of it.
 
-    Exit codes: 0 finished, 1 the certificate contradicts itself, 2 wrong input, 4 the supervised run was halted.
+    Exit codes:
+
+    - 0: finished
+
+    - 1: the certificate contradicts itself
+
+    - 2: wrong input
+
+    - 4: the supervised run was halted
     """
     started = time.perf_counter()
     people = console(as_json=as_json)

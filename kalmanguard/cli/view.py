@@ -20,7 +20,7 @@ from kalmanguard.cli.terminal import STYLES, blocks_fit, number, sparkline
 from kalmanguard.records import Decision
 
 _LANE_STYLES = dict(zip(LANES, ("default", "red", "cyan"), strict=True))
-_EVENTS = 5
+_EVENTS = 4
 _REFRESH_S = 0.15
 
 
@@ -101,7 +101,7 @@ class LiveView(View):
         self._next = 0.0
 
     def _picture(self) -> RenderableType:
-        return Group(self._progress, "", self._lanes(), "", *self._told())
+        return Group(self._progress, "", self._lanes(), "", self._told())
 
     def _lanes(self) -> Table:
         story = self._story
@@ -123,21 +123,22 @@ class LiveView(View):
         table.add_row(Text("faults", style="dim"), Text("".join(marks).rstrip(), style="yellow"), "")
         return table
 
-    def _told(self) -> list[RenderableType]:
+    def _told(self) -> RenderableType:
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=10)
+        table.add_column(ratio=1)
         decision = self._decision
-        lines: list[RenderableType] = [Text("Last decision", style="bold")]
         if decision is not None:
-            lines.append(_line(f"{decision.action.value:<9}", decision.level.value, decision.reason))
-        lines.append(Text("Events", style="bold"))
-        lines += [_line(f"{event.action:<9}", event.action, event.reason) for event in self._events[-_EVENTS:]]
-        # Always as tall as it will get, so that the picture does not jump.
-        lines += [""] * (_EVENTS + 3 - len(lines))
-        return lines
+            # One line: it changes with every step.
+            table.add_row(_word(decision.level.value), Text(decision.reason, no_wrap=True, overflow="ellipsis"))
+        table.add_row("", "")
+        for event in self._events[-_EVENTS:]:
+            table.add_row(_word(event.action if event.action != "ACCEPT" else event.level), Text(event.reason))
+        return table
 
 
-def _line(head: str, style: str, text: str) -> Text:
-    line = Text(no_wrap=True, overflow="ellipsis")
-    return line.append(f"  {head} ", style=STYLES.get(style, "default")).append(text)
+def _word(word: str) -> Text:
+    return Text(word, style=STYLES.get(word, "default"))
 
 
 def _last(curve: Sequence[Point]) -> float | None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 #: Uncertified states that may wait in the ring for a probe.
 CANDIDATES = 2
 _SMALL_RING = 4
+#: States that a ring holds at most: more would only be older ones of the same ages.
+MOST_SLOTS = 8
 
 
 class Slot(NamedTuple):

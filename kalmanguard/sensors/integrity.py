@@ -18,10 +18,11 @@ class IntegritySensor:
     """Compare what an optimizer step starts from with what the step before left behind.
 
     Every step: the version counter of each parameter, which every in-place write through torch raises (reported as
-    ``"parameters"``: user code may well do that, so the probe decides). In turn over all tensors, one slice of 4,096
-    elements of a parameter and of its optimizer state, bit for bit: a difference without a raised counter is reported
-    as ``"silent parameters"`` or ``"silent moments"``, a second moment that is negative, not finite, or all zero where
-    it was not, as ``"moments"``.
+    ``"parameters"``: user code may well do that, so the probe decides), and the counter and identity of one parameter's
+    moments, since what resets or zeroes an optimizer's state does so for all parameters (``"moments"``). In turn over
+    all tensors, one slice of 4,096 elements of a parameter and of its optimizer state, bit for bit: a difference
+    without a raised counter is reported as ``"silent parameters"`` or ``"silent moments"``, a second moment that is
+    negative, not finite, or all zero where it was not, as ``"moments"``.
 
     Notes
     -----
@@ -35,26 +36,30 @@ class IntegritySensor:
         self._turn = 0
         self._versions: list[int] = []
         self._kept: list[tuple[str, Tensor, Tensor, Tensor, int]] = []
+        self._moments: list[tuple[Optimizer, Tensor, str, Tensor, int]] = []
         self._slice = 0
         self._even = False
 
     def remember(self, optimizers: Sequence[Optimizer]) -> None:
         """Note what the next step must start from; called when the step's work is done."""
         self._versions = [p._version for p in self._parameters]
-        self._kept = []
+        self._kept, self._moments = [], []
+        if not self._parameters:
+            return
+        parameter = self._parameters[self._turn]
+        for optimizer in optimizers:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.layout is torch.strided:
+                    self._moments.append((optimizer, parameter, name, value, value._version))
         self._even = not self._even
         if self._even:
             return
-        parameter = self._parameters[self._turn]
         kept = [("parameters", parameter)]
-        for optimizer in optimizers:
-            state = optimizer.state.get(parameter)
-            if state:
-                kept.extend(
-                    ("second moments" if name in _SECOND_MOMENTS else "moments", value)
-                    for name, value in state.items()
-                    if isinstance(value, Tensor) and value.numel() > 1 and value.layout is torch.strided
-                )
+        kept.extend(
+            ("second moments" if name in _SECOND_MOMENTS else "moments", value)
+            for _, _, name, value, _ in self._moments
+            if value.numel() > 1
+        )
         for name, tensor in kept:
             part = self._part(tensor)
             if part is not None:
@@ -66,6 +71,9 @@ class IntegritySensor:
         found: list[str] = []
         if any(p._version != v for p, v in zip(self._parameters, self._versions, strict=False)):
             found.append("parameters")
+        for optimizer, parameter, name, tensor, version in self._moments:
+            if tensor._version != version or optimizer.state.get(parameter, {}).get(name) is not tensor:
+                found.append("moments")
         for name, tensor, part, before, version in self._kept:
             if not torch.equal(part, before) and not _both_nan(part, before):
                 kind = "parameters" if name == "parameters" else "moments"
@@ -76,7 +84,7 @@ class IntegritySensor:
 
     def forget(self) -> None:
         """Skip the next check: something that is known has changed the parameters."""
-        self._versions, self._kept = [], []
+        self._versions, self._kept, self._moments = [], [], []
 
     @property
     def latency_steps(self) -> int:

@@ -48,8 +48,9 @@ class OptimizerTap:
     -----
     A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay
     and step counters stand still) and put back afterwards; a fused optimizer on an accelerator gets its ``found_inf``
-    flag instead, without a host synchronisation. A step with a closure computes its gradients inside and cannot be dropped.
-    Only hooks that this object has registered are ever removed. Cost: one norm over the gradients, one scalar read.
+    flag instead, without a host synchronisation. A step with a closure computes its gradients inside and cannot be
+    dropped. Only hooks that this object has registered are ever removed. Cost: one norm over the gradients, one scalar
+    read.
     """
 
     def __init__(

@@ -116,7 +116,8 @@ class Probe:
     def _evaluate(self, batches: list[Any]) -> FloatArray:
         with random_streams_kept(self.device), self._guard.kept(), evaluation_mode(self._model):
             parts = [self._losses(batch) for batch in batches]
-        return torch.cat(parts).double().cpu().numpy()  # type: ignore[no-any-return]
+        losses: FloatArray = torch.cat(parts).double().cpu().numpy()
+        return losses
 
     def _losses(self, batch: Any) -> Tensor:
         size = L.batch_size(batch)

@@ -1,0 +1,245 @@
+"""The straight line of one step: sense, fold into the engine, record, act. No mathematics and no formats live here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from typing import Any
+
+from kalmanguard.actuators.actuator import Actuator
+from kalmanguard.engine import Engine, EngineState
+from kalmanguard.errors import JournalError, SnapshotError
+from kalmanguard.incidents import Incidents
+from kalmanguard.journal.writer import JournalWriter
+from kalmanguard.records import Action, Costs, Decision, Level, Measurement, Mode, Outcome, ProbeReading
+from kalmanguard.sensors.optimizer import OptimizerTap
+from kalmanguard.sensors.probe import Probe
+from kalmanguard.sensors.suite import SensorSuite, loss_value
+from kalmanguard.sensors.timing import Timings
+from kalmanguard.settings import Settings
+
+#: Steps after which the sensors' own cost is fitted to the budget, and after which the cadences are set.
+_FIT_AT, _COSTS_AT = 5, 25
+
+
+class Loop:
+    """Run the engine over a live training; owned by the `Supervisor`, which is what users see.
+
+    Attributes
+    ----------
+    state
+        The engine's state.
+    step, objective
+        Steps supervised so far, and objectives declared.
+    last
+        The last decision.
+    tally
+        Counts of suspicions, vetoes, rollbacks.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        probe: Probe,
+        tap: OptimizerTap,
+        suite: SensorSuite,
+        actuator: Actuator,
+        journal: JournalWriter,
+        incidents: Incidents,
+    ) -> None:
+        self.settings, self.probe, self.tap, self.suite = settings, probe, tap, suite
+        self.actuator, self.journal, self.incidents = actuator, journal, incidents
+        self.engine = Engine(settings)
+        self.state: EngineState = self.engine.init()
+        self.step = self._started_at = 0
+        self.objective = 0
+        self.last: Decision | None = None
+        self.tally: Counter[str] = Counter()
+        self.timings = Timings()
+        self._costs: Costs | None = None
+        self._first_reading: ProbeReading | None = None
+
+    @property
+    def protects(self) -> bool:
+        """Whether decisions are carried out."""
+        return self.settings.mode == "protect"
+
+    def advance(self, loss: Any) -> Decision:
+        """Supervise one step."""
+        self.step += 1
+        if self.step == self._started_at + _FIT_AT:
+            self._fit_sensors()
+        measurement = self.suite.measure(
+            self.step, loss_value(loss), costs=self._measured_costs(), objective=self.objective
+        )
+        foresight = self.engine.observe(self.state, measurement)
+        reading = None
+        if foresight.wants_probe:
+            reading = self.read_probe()
+            measurement = dataclasses.replace(measurement, probe=reading)
+        self.state, decision = self.engine.decide(foresight, reading)
+        if not self.protects and decision.proposed is not Action.ACCEPT:
+            decision = dataclasses.replace(decision, action=Action.ACCEPT)
+        self._record(measurement, decision)
+        if self.protects:
+            decision = self._act(decision)
+        self.last = decision
+        self.tally["suspicions"] += decision.level is Level.SUSPECT
+        self.tally["vetoes"] += decision.action is Action.VETO
+        self.tally["rollbacks"] += decision.rolled_back
+        return decision
+
+    def begin(self) -> None:
+        """Before the very first optimizer step: y_0, and the state that everything can fall back to."""
+        try:
+            self._first_reading = self.read_probe()
+            self._start(self._first_reading)
+        except (Exception, SnapshotError) as fault:
+            self.incidents.report(self.step, f"the first probe failed: {type(fault).__name__}: {fault}", fault)
+
+    def feed(self, measurement: Measurement) -> Decision:
+        """Fold in a measurement that is no training step, and record it."""
+        self.state, decision = self.engine.step(self.state, measurement)
+        self._record(measurement, decision)
+        return decision
+
+    def read_probe(self) -> ProbeReading:
+        """Probe the present state."""
+        started = time.perf_counter()
+        reading = self.probe.read()
+        self.timings.add_probe(time.perf_counter() - started)
+        return reading
+
+    def restore(self, target: int, *, action: Action, rung: int, manual: bool = False) -> Outcome:
+        """Restore a ring slot: announced and made durable in the journal before, and recorded after."""
+        announced = {"action": action.value, "restore": target, "rung": rung, "manual": manual}
+        self.journal.record("intent", self.step, announced)
+        self.journal.sync()
+        outcome = self.actuator.restore(target, action=action, rung=rung, manual=manual)
+        self.journal.record("outcome", self.step, dataclasses.asdict(outcome))
+        if outcome.error is not None:
+            self.incidents.report(self.step, f"rollback to step {target}: {outcome.error}")
+        self.suite.interrupt()
+        return outcome
+
+    def renew(self) -> None:
+        """Forget what was learned, and what the ring holds."""
+        self.state = self.engine.init()
+        self._costs = None
+        self.actuator.clear()
+        self.tap.gate = math.inf
+        self.suite.interrupt()
+
+    def resume_at(self, step: int, objective: int, state: EngineState) -> None:
+        """Take up a saved state; the sensors were fitted in the run that it comes from."""
+        self.actuator.clear()
+        self.state, self.step, self.objective = state, step, objective
+        self._started_at = step - _FIT_AT - 1
+        self.suite.interrupt()
+
+    def clip_value(self) -> float:
+        """Gradient norm that healthy steps stay below: three deviations above its trend; inf while unknown."""
+        trend = self.state.estimators.gradient
+        if trend.gaussian is None or trend.scale.seen < 10:
+            return math.inf
+        return math.exp(trend.gaussian.level + 3.0 * trend.scale.deviation)
+
+    def _act(self, decision: Decision) -> Decision:
+        orders, tap = decision.orders, self.tap
+        if decision.mode is Mode.HALTED:
+            tap.gate = math.inf
+            return decision
+        tap.gate, tap.clip = orders.gate, orders.clip
+        if decision.proposed in (Action.ROLLBACK, Action.HALT):
+            return self._roll_back(decision)
+        if orders.release:
+            self.actuator.release()
+        if orders.snapshot or orders.evict or orders.certify:
+            self.actuator.keep(orders, decision.step)
+            if orders.certified:
+                self.actuator.checkpoint(decision.step, clean=True)
+        return decision
+
+    def _roll_back(self, first: Decision) -> Decision:
+        """Restore, verify what was never probed, try older states while the engine asks for it; then recover."""
+        self.actuator.freeze()
+        self.actuator.keep(first.orders, first.step)
+        decision, restored = first, None
+        while decision.proposed in (Action.ROLLBACK, Action.HALT) and decision.orders.restore is not None:
+            restored = decision.orders.restore
+            outcome = self.restore(restored, action=decision.proposed, rung=decision.orders.rung)
+            certified = any(s.certified for s in self.state.ledger.slots if s.step == restored)
+            check = outcome.action is Action.ROLLBACK and not certified
+            probe = self.read_probe() if check else None
+            decision = self.feed(Measurement(step=first.step, outcome=outcome, probe=probe, objective=self.objective))
+            if outcome.action is Action.HALT:
+                break
+            self.actuator.keep(decision.orders, decision.step)
+        halted = self.state.ledger.mode is Mode.HALTED
+        done = Action.HALT if halted or restored is None else Action.ROLLBACK
+        final = dataclasses.replace(
+            first,
+            action=done,
+            proposed=done,
+            mode=self.state.ledger.mode,
+            restored_step=restored,
+            orders=dataclasses.replace(first.orders, restore=restored),
+        )
+        # The state is a good one again, and may be saved; a halted run keeps what it has then.
+        self.actuator.thaw()
+        failures = self.actuator.recover(final, clip_value=self.clip_value(), hold_steps=self.state.ledger.ladder.hold)
+        if halted:
+            self.actuator.freeze()
+        for failure in failures:
+            self.incidents.report(self.step, f"a recovery action failed: {failure}")
+        return final
+
+    def _start(self, reading: ProbeReading) -> None:
+        at = self._started_at
+        decision = self.feed(Measurement(step=at, probe=reading, objective=self.objective))
+        if self.protects and at not in self.actuator.ring.steps():
+            self.actuator.keep(decision.orders, at)
+            if decision.orders.certified:
+                self.actuator.checkpoint(at, clean=True)
+
+    def _fit_sensors(self) -> None:
+        """Once, early in warm-up: a probe and a sketch that cost more than their share of a step are thinned out.
+
+        The engine then starts anew, from the first reading on the smaller probe: nothing was learned yet.
+        """
+        settings = self.settings
+        if self._first_reading is None or "probe_examples" in settings.model_fields_set:
+            return
+        size, stride = self.timings.fit(
+            probe_examples=self.probe.size, sketch_s=self.suite.sketch_s(), budget=settings.budget
+        )
+        if (size, stride) == (self.probe.size, self.suite.stride):
+            return
+        self.probe.shrink(size)
+        self.suite.stride = stride
+        fitted = {"reset": True, "probe_examples": self.probe.size, "probe": self.probe.digest, "stride": stride}
+        self.journal.record("note", self.step, fitted)
+        self.state = self.engine.init()
+        self._start(ProbeReading(self._first_reading.losses[: self.probe.size]))
+
+    def _measured_costs(self) -> Costs | None:
+        if self._costs is not None or self.step < _COSTS_AT or not self.timings.probes_s:
+            return None
+        slots = 2
+        if self.protects:
+            try:
+                slots = self.actuator.capacity()
+            except SnapshotError as error:
+                # It was estimated at construction; two slots are kept, at more memory than was allowed.
+                self.incidents.report(self.step, str(error), error)
+        self._costs = Costs(self.timings.step_s(), self.timings.probe_s(), self.actuator.capture_s(), slots)
+        return self._costs
+
+    def _record(self, measurement: Measurement, decision: Decision) -> None:
+        try:
+            self.journal.step(measurement, decision)
+        except JournalError as error:
+            self.incidents.report(self.step, f"the journal can no longer be written: {error}", error)

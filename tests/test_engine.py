@@ -1,0 +1,582 @@
+"""The engine as a pure fold: what holds for every sequence of measurements, healthy, harmful or absurd.
+
+Oracles: the engine itself under relations that must hold exactly (input untouched, the same twice, through a saved
+state at every step, in another unit that is a power of two, with the probe's examples in another order: all bitwise),
+and the theorems of envelope, ladder and ring on measurements that hypothesis makes up. `Flight` below plays the
+supervisor: it takes the probes that are wanted, carries orders out or not, and reports what came of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalmanguard import statefile
+from kalmanguard.engine import STATISTICS, Engine, EngineState
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.journal.codec import pack
+from kalmanguard.records import (
+    Action,
+    Costs,
+    Decision,
+    FloatArray,
+    Level,
+    Measurement,
+    Mode,
+    Outcome,
+    ProbeReading,
+)
+from kalmanguard.settings import Settings
+
+EXAMPLES, SKETCH = 32, 16
+ProbeSource = Callable[[int], FloatArray]
+
+
+def statistic(decision: Decision, name: str) -> float:
+    return decision.statistics[STATISTICS.index(name)] if decision.statistics else math.nan
+
+
+class Flight:
+    """A supervisor without torch: folds measurements, takes wanted probes, and in protect mode carries orders out."""
+
+    def __init__(self, probe: ProbeSource, *, settings: Settings | None = None, protect: bool = True) -> None:
+        self.engine = Engine(settings if settings is not None else Settings(probe_every=5, snapshot_every=10))
+        self.state, self.probe, self.protect = self.engine.init(), probe, protect
+        self.log: list[tuple[Measurement, Decision]] = []
+        self.ring: set[int] = set()
+        self.fold(Measurement(step=0, probe=ProbeReading(probe(0))))
+
+    def fold(self, m: Measurement) -> Decision:
+        self.state, decision = self.engine.step(self.state, m)
+        self.log.append((m, decision))
+        if self.protect:
+            orders = decision.orders
+            assert set(orders.evict) <= self.ring
+            self.ring -= set(orders.evict)
+            assert set(orders.certify) <= self.ring
+            if orders.snapshot:
+                assert decision.step not in self.ring
+                self.ring.add(decision.step)
+            if decision.mode is not Mode.HALTED:
+                assert self.ring == {s.step for s in self.state.ledger.slots}
+            assert len(self.ring) <= max(2, self.state.ledger.capacity)
+        return decision
+
+    def step(self, m: Measurement) -> Decision:
+        wanted = self.engine.observe(self.state, m).wants_probe
+        reading = ProbeReading(self.probe(m.step)) if wanted else None
+        first = decision = self.fold(dataclasses.replace(m, probe=reading))
+        while self.protect and decision.proposed in (Action.ROLLBACK, Action.HALT):
+            target = decision.orders.restore
+            if target is None or decision.mode is Mode.HALTED:
+                break
+            assert target in self.ring
+            certified = any(s.step == target and s.certified for s in self.state.ledger.slots)
+            halt = decision.proposed is Action.HALT
+            decision = self.fold(
+                Measurement(
+                    step=m.step,
+                    outcome=Outcome(decision.proposed, target, decision.orders.rung, "same", "same"),
+                    probe=None if certified or halt else ProbeReading(self.probe(target)),
+                )
+            )
+            if halt:
+                assert decision.mode is Mode.HALTED
+        return first
+
+    @property
+    def decisions(self) -> list[Decision]:
+        return [d for m, d in self.log if m.outcome is None]
+
+
+def healthy(n: int, seed: int = 0, *, first: int = 1) -> Iterator[Measurement]:
+    rng = np.random.default_rng(seed)
+    direction = rng.normal(size=SKETCH)
+    for t in range(first, first + n):
+        yield Measurement(
+            step=t,
+            loss=0.3 + 2.0 * math.exp(-t / 80) + float(rng.normal(0, 0.05)),
+            learning_rates=(0.1,),
+            gradient_norm=math.exp(float(rng.normal(0, 0.2))),
+            velocity=0.1 * (direction + rng.normal(size=SKETCH)),
+            rounding_floor=1e-6,
+            buffer_norm=3.0 + float(rng.normal(0, 0.01)),
+        )
+
+
+def descent(seed: int = 1) -> ProbeSource:
+    offsets = np.random.default_rng(seed).gamma(2.0, 0.1, EXAMPLES)
+
+    def probe(step: int) -> FloatArray:
+        noise = np.random.default_rng((seed, step)).normal(0, 0.02, EXAMPLES)
+        return 0.3 + 2.0 * math.exp(-step / 80) + offsets + noise
+
+    return probe
+
+
+def from_step(step: int, harmed: ProbeSource, before: ProbeSource) -> ProbeSource:
+    return lambda at: harmed(at) if at >= step else before(at)
+
+
+def packed(log: list[tuple[Measurement, Decision]]) -> list[tuple[bytes, bytes]]:
+    return [pack(m, d) for m, d in log]
+
+
+# -- the fold ---------------------------------------------------------------------------------------------------------
+
+
+def eventful() -> Flight:
+    """A run with a veto, a suspicion, harm, a rollback, an uncertified restore and a recovery."""
+    good = descent()
+    flight = Flight(lambda s: good(s) + (3.0 if 141 <= s < 150 else 0.0))
+    for m in healthy(260):
+        if m.step == 60:
+            m = dataclasses.replace(m, veto="nonfinite", gradient_norm=math.nan)
+        if m.step == 100:
+            m = dataclasses.replace(m, loss=math.nan)
+        if m.step == 141:
+            m = dataclasses.replace(m, loss=30.0, gradient_norm=500.0)
+        if m.step == 30:
+            m = dataclasses.replace(m, costs=Costs(0.1, 0.01, 0.001, 5))
+        flight.step(m)
+    return flight
+
+
+def test_the_run_of_these_tests_has_everything() -> None:
+    flight = eventful()
+    actions = {d.action for d in flight.decisions}
+    levels = {d.level for d in flight.decisions}
+    assert actions >= {Action.ACCEPT, Action.VETO, Action.ROLLBACK}
+    assert levels == set(Level)
+    assert any(d.orders.release for d in flight.decisions)
+
+
+def test_the_state_that_goes_in_is_left_as_it_was_and_the_fold_is_deterministic() -> None:
+    log = eventful().log
+    engine = Engine(Settings(probe_every=5, snapshot_every=10))
+    state = engine.init()
+    for measurement, decision in log:
+        before = statefile.dump(state)
+        velocity = None if measurement.velocity is None else measurement.velocity.copy()
+        after, again = engine.step(state, measurement)
+        _, twice = engine.step(state, measurement)
+        assert statefile.dump(state) == before
+        if velocity is not None:
+            np.testing.assert_array_equal(measurement.velocity, velocity)
+        assert pack(measurement, again) == pack(measurement, twice) == pack(measurement, decision)
+        state = after
+
+
+def test_folding_through_a_saved_state_is_bitwise_the_same() -> None:
+    """Dump, load and fold on at every single step: no bit is lost in the text, and nothing lives outside the state."""
+    log = eventful().log
+    state = Engine(Settings(probe_every=5, snapshot_every=10)).init()
+    for measurement, decision in log:
+        engine = Engine(Settings(probe_every=5, snapshot_every=10))
+        state, again = engine.step(statefile.load(statefile.dump(state)), measurement)
+        assert pack(measurement, again) == pack(measurement, decision)
+
+
+def test_a_step_is_an_observation_and_a_decision() -> None:
+    log = eventful().log
+    engine = Engine(Settings(probe_every=5, snapshot_every=10))
+    state = engine.init()
+    for measurement, decision in log:
+        state, again = engine.decide(engine.observe(state, measurement), measurement.probe)
+        assert pack(measurement, again) == pack(measurement, decision)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"type": "EngineState"}', '{"type": "os.system", "fields": []}', "1"]
+)
+def test_a_foreign_state_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="saved state"):
+        statefile.load(text)
+
+
+# -- metamorphic relations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [2.0**-20, 0.25, 2.0**20])
+def test_the_unit_of_the_loss_does_not_matter(unit: float) -> None:
+    """In units of a power of two nothing rounds differently, so every decision and score is the same to the bit."""
+    log = eventful().log
+    engine = Engine(Settings(probe_every=5, snapshot_every=10))
+    state = engine.init()
+    dimensionless = [STATISTICS.index(n) for n in ("drift_x", "z_loss", "z_gradient", "z_trajectory", "nis", "rank")]
+    for m, decision in log:
+        scaled = dataclasses.replace(
+            m,
+            loss=None if m.loss is None else unit * m.loss,
+            probe=None if m.probe is None else ProbeReading(unit * m.probe.losses),
+        )
+        state, other = engine.step(state, scaled)
+        assert (other.action, other.proposed, other.level, other.orders) == (
+            decision.action,
+            decision.proposed,
+            decision.level,
+            decision.orders,
+        )
+        if decision.statistics:
+            for index in dimensionless:
+                assert repr(other.statistics[index]) == repr(decision.statistics[index])
+            y, expected = statistic(other, "y"), unit * statistic(decision, "y")
+            assert y == expected or (math.isnan(y) and math.isnan(expected))
+
+
+def test_the_order_of_probe_examples_does_not_matter() -> None:
+    order = np.random.default_rng(3).permutation(EXAMPLES)
+    log = eventful().log
+    engine = Engine(Settings(probe_every=5, snapshot_every=10))
+    state = engine.init()
+    for m, decision in log:
+        shuffled = m if m.probe is None else dataclasses.replace(m, probe=ProbeReading(m.probe.losses[order]))
+        state, other = engine.step(state, shuffled)
+        assert pack(m, other) == pack(m, decision)
+
+
+def test_rotating_the_sketch_and_scaling_gradients_change_no_decision() -> None:
+    from scipy.stats import ortho_group
+
+    rotation = ortho_group.rvs(SKETCH, random_state=0)
+    log = eventful().log
+    engine = Engine(Settings(probe_every=5, snapshot_every=10))
+    state = engine.init()
+    for m, decision in log:
+        turned = dataclasses.replace(
+            m,
+            velocity=None if m.velocity is None else 7.0 * m.velocity @ rotation,
+            gradient_norm=None if m.gradient_norm is None else 0.1 * m.gradient_norm,
+            rounding_floor=7.0 * m.rounding_floor,
+        )
+        state, other = engine.step(state, turned)
+        assert (other.action, other.level, other.orders.restore) == (
+            decision.action,
+            decision.level,
+            decision.orders.restore,
+        )
+        for name in ("z_gradient", "z_gain", "z_trajectory", "nis"):
+            a, b = statistic(decision, name), statistic(other, name)
+            assert b == pytest.approx(a, rel=1e-6, abs=1e-6, nan_ok=True)
+
+
+# -- theorems, with hypothesis as the adversary -----------------------------------------------------------------------
+
+adverse = st.floats(-5.0, 20.0) | st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0])
+strange_steps = st.lists(
+    st.fixed_dictionaries(
+        {
+            "loss": st.none() | adverse,
+            "gradient_norm": st.none() | st.floats(0, 1e12) | st.sampled_from([math.inf, math.nan]),
+            "velocity": st.none() | st.floats(0, 1e9),
+            "learning_rates": st.sampled_from([(), (0.1,), (0.0,), (5.0,), (0.1, 0.2)]),
+            "veto": st.sampled_from([None, None, None, "nonfinite", "explosion", "clipped"]),
+            "parameters_finite": st.sampled_from([True] * 9 + [False]),
+            "tampered": st.sampled_from([(), (), (), ("parameters",), ("silent moments",), ("overwrite",)]),
+            "buffer_norm": st.none() | st.floats(0, 1e6),
+            "y": adverse,
+        }
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+def adversarial(steps: list[dict[str, object]], *, protect: bool, budget: int = 6) -> Flight:
+    """Forty healthy steps, then whatever hypothesis thinks of."""
+    good = descent()
+
+    def probe(step: int) -> FloatArray:
+        index = step - 41
+        return good(step) if index < 0 else np.full(EXAMPLES, float(steps[index]["y"]))  # type: ignore[arg-type]
+
+    options = Settings(probe_every=3, snapshot_every=5, rollback_budget=budget, recovery_steps=4)
+    flight = Flight(probe, settings=options, protect=protect)
+    for m in healthy(40):
+        flight.step(m)
+    for index, values in enumerate(steps):
+        changes = {k: v for k, v in values.items() if k != "y"}
+        size = changes.pop("velocity")
+        velocity = None if size is None else np.full(SKETCH, float(size) / 4)  # type: ignore[arg-type]
+        finite = bool(changes["parameters_finite"])
+        if changes["gradient_norm"] is None and changes["veto"] != "nonfinite":
+            changes["veto"] = None  # nothing is dropped or clipped for a size that was not seen
+        flight.step(Measurement(step=41 + index, velocity=velocity if finite else None, **changes))  # type: ignore[arg-type]
+    return flight
+
+
+@given(strange_steps, st.booleans())
+@settings(max_examples=60)
+def test_every_accepted_probe_lies_inside_the_envelope(steps: list[dict[str, object]], protect: bool) -> None:
+    flight = adversarial(steps, protect=protect)
+    best, warm = math.inf, False
+    for _, decision in flight.log:
+        if warm and statistic(decision, "accepted") == 1.0:
+            y, bound = statistic(decision, "y"), statistic(decision, "bound")
+            assert y <= bound
+            assert bound == statistic(decision, "y_best") + statistic(decision, "allowance")
+        warm = warm or decision.level is Level.NOMINAL
+        y_best = statistic(decision, "y_best")
+        if math.isfinite(y_best):
+            assert y_best <= best  # the ratchet only tightens
+            best = y_best
+
+
+@given(strange_steps, st.integers(1, 8))
+@settings(max_examples=60)
+def test_no_sequence_gets_more_rollbacks_than_the_budget_without_a_recovery(
+    steps: list[dict[str, object]], budget: int
+) -> None:
+    flight = adversarial(steps, protect=True, budget=budget)
+    state = Engine(flight.engine.settings).init()
+    rollbacks, score = 0, 0
+    for m, _ in flight.log:
+        state, _ = flight.engine.step(state, m)
+        now = state.ledger.ladder.score
+        if now < score:
+            rollbacks = 0
+        rollbacks += m.outcome is not None and m.outcome.action is Action.ROLLBACK
+        assert rollbacks <= budget
+        score = now
+
+
+@given(strange_steps)
+@settings(max_examples=40)
+def test_what_is_restored_was_kept_and_a_halt_is_final(steps: list[dict[str, object]]) -> None:
+    flight = adversarial(steps, protect=True, budget=2)  # `Flight` itself asserts that orders and ring agree
+    modes = [d.mode for _, d in flight.log]
+    if Mode.HALTED in modes:
+        first = modes.index(Mode.HALTED)
+        assert set(modes[first:]) == {Mode.HALTED}
+        assert all(d.action is Action.HALT for _, d in flight.log[first:])
+
+
+@given(strange_steps)
+@settings(max_examples=40)
+def test_nothing_makes_the_state_unwritable_or_the_reason_empty(steps: list[dict[str, object]]) -> None:
+    flight = adversarial(steps, protect=False)
+    text = statefile.dump(flight.state)
+    assert statefile.dump(statefile.load(text)) == text
+    for measurement, decision in flight.log:
+        assert decision.reason.endswith(".")
+        assert f"{measurement.step}" in decision.reason or decision.mode is Mode.HALTED
+        assert len(pack(measurement, decision)) == 2
+
+
+# -- single rules -----------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_is_left_alone() -> None:
+    flight = Flight(descent())
+    for m in healthy(600):
+        flight.step(m)
+    assert {d.action for d in flight.decisions} == {Action.ACCEPT}
+    assert sum(d.level is Level.SUSPECT for d in flight.decisions) <= 2
+    assert flight.decisions[-1].level is Level.NOMINAL
+    assert flight.decisions[-1].certificate == "HOLDS"
+
+
+def test_without_a_loss_a_gradient_or_a_velocity_the_probe_still_guards() -> None:
+    good = descent()
+    flight = Flight(from_step(200, lambda s: good(s) + 50.0, good))
+    for m in healthy(260):
+        flight.step(Measurement(step=m.step))
+    rolled = [d for d in flight.decisions if d.proposed is Action.ROLLBACK]
+    assert rolled
+    assert rolled[0].step < 220
+    assert rolled[0].orders.restore is not None
+    assert rolled[0].orders.restore < 200
+
+
+@pytest.mark.parametrize("protect", [True, False])
+def test_a_parameter_that_is_not_finite_is_confirmed_at_once(protect: bool) -> None:
+    flight = Flight(descent(), protect=protect)
+    for m in healthy(150):
+        decision = flight.step(dataclasses.replace(m, parameters_finite=m.step != 150, velocity=None))
+    assert decision.proposed is Action.ROLLBACK
+    assert decision.level is Level.CONFIRMED
+    assert "not finite" in decision.reason
+    assert decision.orders.restore is not None
+    assert decision.orders.restore < 150
+
+
+def test_a_held_out_loss_that_is_not_finite_is_confirmed() -> None:
+    good = descent()
+    flight = Flight(from_step(150, lambda s: np.full(EXAMPLES, math.nan), good))
+    for m in healthy(160):
+        decision = flight.step(m)
+        if decision.proposed is Action.ROLLBACK:
+            break
+    assert decision.proposed is Action.ROLLBACK
+    assert "held-out loss is not finite" in decision.reason
+
+
+def test_a_loss_that_is_not_finite_is_watched_and_probed_but_rolls_nothing_back() -> None:
+    for value in (math.nan, math.inf):
+        flight = Flight(descent())
+        for m in healthy(150):
+            decision = flight.step(dataclasses.replace(m, loss=value) if m.step == 150 else m)
+        assert decision.action is Action.ACCEPT
+        assert decision.level is Level.SUSPECT
+        assert not math.isnan(statistic(decision, "y"))  # suspicion has bought a probe
+        assert "training loss is not finite" in decision.reason
+        # And no filter has seen it.
+        after = flight.step(next(healthy(1, seed=5, first=151)))
+        assert math.isfinite(statistic(after, "loss_level"))
+
+
+def test_vetoes_are_recorded_and_rolled_back_only_when_they_do_not_end() -> None:
+    flight = Flight(descent())
+    steps = list(healthy(200))
+    for m in steps[:120]:
+        flight.step(m)
+    vetoed = [
+        flight.step(dataclasses.replace(m, veto="nonfinite", gradient_norm=math.inf, velocity=np.zeros(SKETCH)))
+        for m in steps[120:123]
+    ]
+    assert {(d.action, d.level) for d in vetoed} == {(Action.VETO, Level.CONFIRMED)}
+    assert flight.step(steps[123]).action is Action.ACCEPT
+    for m in steps[124:150]:
+        decision = flight.step(dataclasses.replace(m, veto="nonfinite", gradient_norm=math.nan, velocity=None))
+        if decision.proposed is Action.ROLLBACK:
+            break
+    assert decision.proposed is Action.ROLLBACK
+    assert "in a row were not finite" in decision.reason
+
+
+def test_in_observe_mode_a_proposal_is_made_once_per_harm() -> None:
+    good = descent()
+    flight = Flight(from_step(150, lambda s: good(s) + 40.0, good), protect=False)
+    for m in healthy(400):
+        m = dataclasses.replace(m, loss=40.0) if m.step >= 150 else m
+        flight.step(m)
+    proposals = [d.step for d in flight.decisions if d.proposed is Action.ROLLBACK]
+    assert len(proposals) == 1
+    assert 150 <= proposals[0] <= 165
+    # When the run has come back by itself, a new harm is a new proposal.
+    back = Flight(lambda s: good(s) + (40.0 if 150 <= s < 170 or s >= 300 else 0.0), protect=False)
+    for m in healthy(400):
+        back.step(dataclasses.replace(m, loss=40.0) if 150 <= m.step < 170 or m.step >= 300 else m)
+    proposals = [d.step for d in back.decisions if d.proposed is Action.ROLLBACK]
+    assert len(proposals) == 2
+    assert proposals[1] >= 300
+
+
+def test_harm_that_heals_at_once_is_left_alone() -> None:
+    good = descent()
+    flight = Flight(lambda s: good(s) + (0.25 if 150 <= s < 153 else 0.0))
+    for m in healthy(300):
+        flight.step(m)
+    assert {d.action for d in flight.decisions} == {Action.ACCEPT}
+
+
+def test_overfitting_is_told_from_instability() -> None:
+    """The training loss falls to its lowest while the held-out loss creeps up: advised, openly lapsed, not undone."""
+    good = descent()
+    turn = good(200)
+    flight = Flight(from_step(200, lambda s: turn + 0.004 * (s - 200), good))
+    for m in healthy(800):
+        if m.step >= 200:
+            assert m.loss is not None
+            m = dataclasses.replace(m, loss=m.loss - 0.0002 * (m.step - 200))
+        flight.step(m)
+    assert {d.action for d in flight.decisions} == {Action.ACCEPT}
+    advice = [d for d in flight.decisions if any(e.detector == "overfitting" for e in d.evidence)]
+    assert advice
+    assert "stopping early" in next(e.message for e in advice[0].evidence if e.detector == "overfitting")
+    assert flight.decisions[-1].certificate == "LAPSED"
+
+
+def test_overfitting_does_not_excuse_a_training_loss_that_rises() -> None:
+    good = descent()
+    turn = good(200)
+    flight = Flight(from_step(200, lambda s: turn + 0.004 * (s - 200), good), protect=False)
+    for m in healthy(800):
+        if m.step >= 200:
+            assert m.loss is not None
+            m = dataclasses.replace(m, loss=m.loss + 0.004 * (m.step - 200))
+        flight.step(m)
+    assert any(d.proposed is Action.ROLLBACK for d in flight.decisions)
+
+
+def test_without_a_training_loss_overfitting_is_never_inferred() -> None:
+    good = descent()
+    turn = good(200)
+    flight = Flight(from_step(200, lambda s: turn + 0.004 * (s - 200), good), protect=False)
+    for m in healthy(800):
+        flight.step(dataclasses.replace(m, loss=None))
+    assert not any(e.detector == "overfitting" for d in flight.decisions for e in d.evidence)
+
+
+def test_a_new_objective_begins_anew() -> None:
+    good = descent()
+    flight = Flight(lambda s: good(s) if s < 200 else 30.0 + good(s - 200))
+    for m in healthy(200):
+        flight.step(m)
+    flight.ring.clear()
+    for m in healthy(200, seed=4, first=201):
+        assert m.loss is not None
+        flight.step(dataclasses.replace(m, loss=30.0 + m.loss, objective=1))
+    late = flight.decisions[-200:]
+    assert {d.action for d in late} == {Action.ACCEPT}
+    assert late[0].level is Level.WARMUP
+    assert statistic(late[0], "y0") > 30.0
+    assert max(s.step for s in flight.state.ledger.slots) > 201
+    assert min(s.step for s in flight.state.ledger.slots) > 200
+
+
+def test_costs_freeze_the_cadence() -> None:
+    flight = Flight(descent(), settings=Settings(budget=0.1))
+    for m in healthy(400):
+        costs = Costs(step_s=1.0, probe_s=0.75, snapshot_s=0.1, slots=4) if m.step == 30 else None
+        flight.step(dataclasses.replace(m, costs=costs))
+    probed = [d.step for d in flight.decisions if not math.isnan(statistic(d, "y")) and d.step > 150]
+    gaps = {b - a for a, b in pairwise(probed)}
+    assert gaps == {15}
+    assert flight.state.ledger.capacity == 4
+    assert 2 <= len(flight.ring) <= 4
+
+
+def test_velocities_below_the_rounding_floor_are_not_judged() -> None:
+    flight = Flight(descent())
+    for m in healthy(100):
+        assert m.velocity is not None
+        decision = flight.step(dataclasses.replace(m, rounding_floor=10.0 * float(np.linalg.norm(m.velocity))))
+        assert math.isnan(statistic(decision, "z_trajectory"))
+        assert math.isnan(statistic(decision, "z_gain"))
+
+
+def test_the_gradient_gate_follows_the_largest_healthy_gradient() -> None:
+    flight = Flight(descent())
+    gates = [flight.step(m).orders.gate for m in healthy(200)]
+    assert gates[0] == math.inf  # nothing is known yet
+    norms = [m.gradient_norm for m in healthy(200)]
+    ratio = flight.engine.settings.gate_ratio
+    assert gates[-1] == pytest.approx(ratio * max(n for n in norms if n is not None), rel=0.3)
+
+
+def test_an_uncertified_state_is_probed_after_its_restore_and_an_older_one_is_tried() -> None:
+    """Harm that began before it was seen: the candidate is as bad, so it is evicted and the next older one restored."""
+    good = descent()
+    flight = Flight(from_step(104, lambda s: good(s) + 40.0, good), settings=Settings(probe_every=50, snapshot_every=3))
+    for m in healthy(160):
+        flight.step(m)
+    restores = [m.outcome.restored_step for m, _ in flight.log if m.outcome is not None]
+    assert restores
+    final = [d for m, d in flight.log if m.outcome is not None][-1]
+    assert final.proposed is not Action.ROLLBACK
+    assert restores[-1] is not None
+    assert restores[-1] < 104
+
+
+def test_statistics_have_their_names() -> None:
+    state, decision = Engine(Settings()).step(EngineState(), Measurement(step=1, loss=1.0, learning_rates=(0.1,)))
+    assert len(decision.statistics) == len(STATISTICS) == len(set(STATISTICS))
+    assert state.ledger.probes == 0
