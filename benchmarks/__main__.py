@@ -9,9 +9,6 @@ import shlex
 import sys
 from pathlib import Path
 
-# Before torch is loaded, and inherited by worker processes: one thread each.
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import torch
 
 from benchmarks.benchmark import Benchmark, Result
@@ -49,6 +46,7 @@ def main(arguments: list[str]) -> int:
         return 0
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by worker processes, for libraries other than torch
     benchmark: Benchmark = options.benchmark
     if options.load is not None:
         result = json.loads(options.load.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from kalmanguard.actuators.actuator import Actuator
@@ -22,6 +22,8 @@ from kalmanguard.settings import Settings
 
 #: Steps after which the sensors' own cost is fitted to the budget, and after which the cadences are set.
 _FIT_AT, _COSTS_AT = 5, 25
+#: Latest events that are kept at hand for a report; all of them stand in the journal.
+_EVENTS = 1000
 
 
 class Loop:
@@ -37,6 +39,8 @@ class Loop:
         The last decision.
     tally
         Counts of suspicions, vetoes, rollbacks.
+    events
+        Steps and reasons of what was suspected or confirmed.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Loop:
         self.objective = 0
         self.last: Decision | None = None
         self.tally: Counter[str] = Counter()
+        self.events: deque[tuple[int, str]] = deque(maxlen=_EVENTS)
         self.timings = Timings()
         self._costs: Costs | None = None
         self._first_reading: ProbeReading | None = None
@@ -87,6 +92,8 @@ class Loop:
         if self.protects:
             decision = self._act(decision)
         self.last = decision
+        if decision.level in (Level.SUSPECT, Level.CONFIRMED):
+            self.events.append((decision.step, decision.reason))
         self.tally["suspicions"] += decision.level is Level.SUSPECT
         self.tally["vetoes"] += decision.action is Action.VETO
         self.tally["rollbacks"] += decision.rolled_back
@@ -235,7 +242,9 @@ class Loop:
             except SnapshotError as error:
                 # It was estimated at construction; two slots are kept, at more memory than was allowed.
                 self.incidents.report(self.step, str(error), error)
-        self._costs = Costs(self.timings.step_s(), self.timings.probe_s(), self.actuator.capture_s(), slots)
+        self._costs = Costs(
+            self.timings.step_s(), self.timings.probe_s(), self.actuator.capture_s() if self.protects else 0.0, slots
+        )
         return self._costs
 
     def _record(self, measurement: Measurement, decision: Decision) -> None:

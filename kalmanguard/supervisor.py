@@ -11,8 +11,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -39,7 +38,6 @@ from kalmanguard.errors import (
 )
 from kalmanguard.incidents import Incidents
 from kalmanguard.journal.header import environment, header
-from kalmanguard.journal.schema import locate
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.loop import Loop
 from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outcome
@@ -462,7 +460,7 @@ class Supervisor:
         """A stability report in plain text: what was seen, what was done, what it cost, what is certified."""
         from kalmanguard.report import render
 
-        return render(self.statistics(), self._loop.last, self.settings, self._events())
+        return render(self.statistics(), self._loop.last, self.settings, list(self._loop.events))
 
     def certificate(self, fresh: Iterable[Any] | None = None) -> Report:
         """Issue the certificate of the run so far, derived from its journal by the standalone verifier.
@@ -471,11 +469,24 @@ class Supervisor:
         ----------
         fresh
             Held-out batches that were never used before, for the betting test of claim C3 against the best certified
-            state; by default the examples of the probe loader that were set aside (each is used once).
+            state; by default the examples of the probe loader that were set aside (each is used once). Nothing is
+            measured any more once the supervisor is closed.
+
+        Raises
+        ------
+        JournalError
+            The supervisor is closed and had no run folder.
         """
         from kalmanguard.certificate.verify import verify
 
         loop = self._loop
+        if self._closed:
+            if loop.journal.path is None:
+                raise JournalError(
+                    "The run was closed, and its temporary journal is gone; call certificate() before close(), or give "
+                    "a run_dir."
+                )
+            return verify(loop.journal.path)
         bet_on_fresh_examples(loop, fresh)
         # On a closed copy: the statement is about the run up to now, and the run itself goes on.
         with tempfile.TemporaryDirectory() as folder:
@@ -639,25 +650,6 @@ class Supervisor:
                 f"The run folder {run_dir} cannot be written to: {error.strerror}. Choose another run_dir."
             ) from None
         return run_dir / "ring"
-
-    @contextmanager
-    def _journal_path(self) -> Iterator[Path]:
-        if self._loop.journal.path is not None:
-            yield self._loop.journal.path
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            self._loop.journal.save_copy(folder)
-            yield locate(folder)
-
-    def _events(self) -> list[tuple[int, str]]:
-        from kalmanguard.journal.reader import JournalReader
-
-        with self._journal_path() as path:
-            return [
-                (decision.step, decision.reason)
-                for measurement, decision in JournalReader(path).steps()
-                if decision.level in (Level.SUSPECT, Level.CONFIRMED) and measurement.outcome is None
-            ]
 
     def _continue(self) -> None:
         loop = self._loop

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from kalmanguard.cli.folders import fresh_folder, shown, write_json
+from kalmanguard.cli.folders import fresh_folder, write_json
 from kalmanguard.cli.options import AsJson, Faults, Seed
 from kalmanguard.cli.plants import make_plant
-from kalmanguard.cli.story import CLEAN, FAULTED, LANES, SUPERVISED, Outcome, Span, Story, fault_label
-from kalmanguard.cli.terminal import ExitCode, console, duration, emit, number, warnings_on
+from kalmanguard.cli.story import CLEAN, LANES, SUPERVISED, Outcome, Span, Story, fault_label
+from kalmanguard.cli.terminal import ExitCode, console, emit, warnings_on
 
 if TYPE_CHECKING:
     from kalmanguard.certificate.verify import Report
@@ -65,15 +63,15 @@ def demo(
         "[bold]kalmanguard demo[/bold]: one network, trained three times side by side: undisturbed, with faults, and "
         "with the same faults under supervision."
     )
-    from kalmanguard.certificate.verify import verify
-    from kalmanguard.cli.view import make_view
-
-    faults = list(fault) if fault else _default_faults(plant, steps)
-    story = _prepare(plant, faults, steps=steps, seed=seed)
     with ExitStack() as stack:
-        folder = fresh_folder(out, "run")
-        lanes = _lanes(story, folder, stack)
-        people.print(f"{story.description}.")
+        with people.status("Loading PyTorch and the data ..."):
+            from kalmanguard.certificate.verify import verify
+            from kalmanguard.cli.view import make_view
+
+            story = _prepare(plant, list(fault) if fault else _default_faults(plant, steps), steps=steps, seed=seed)
+            folder = fresh_folder(out, "run")
+            lanes = _lanes(story, folder, stack)
+        people.print(Text(f"{story.description}."))
         people.print(
             f"Faults: {', '.join(f'{span.label} at step {span.first:,}' for span in story.spans) or 'none'}.\n"
         )
@@ -83,22 +81,27 @@ def demo(
         supervised = lanes[SUPERVISED].supervisor
         assert supervised is not None
         supervised.certificate()  # spends the fresh examples on claim C3, in the journal
-        story.outcomes = [_outcome(story, lanes[name]) for name in LANES]
+        for lane in lanes.values():
+            story.outcomes.append(_outcome(story, lane))
     report = verify(folder)
+    from kalmanguard.cli.closing import tell
     from kalmanguard.cli.figure import draw
 
-    figure, summary = folder / "story.png", folder / "summary.json"
+    figure = folder / "story.png"
     draw(story, figure)
-    result = {**story.to_dict(), "certificate": report.to_dict(), "folder": str(folder), "figure": str(figure)}
-    result["seconds"] = time.perf_counter() - started
-    write_json(summary, result)
-    code = _exit_code(story, report)
+    seconds, code = time.perf_counter() - started, _exit_code(story, report)
+    ending = {
+        "certificate": report.to_dict(),
+        "folder": str(folder),
+        "figure": str(figure),
+        "seconds": seconds,
+        "exit_code": int(code),
+    }
+    write_json(folder / "summary.json", story.to_dict() | ending)
     if as_json:
-        emit(
-            {key: value for key, value in result.items() if key not in ("curves", "innovations")} | {"exit_code": code}
-        )
+        emit({key: value for key, value in story.to_dict().items() if key not in ("curves", "innovations")} | ending)
     else:
-        _tell(people, story, report, folder, seconds=result["seconds"])
+        tell(people, story, report, folder, seconds=seconds)
     raise typer.Exit(code)
 
 
@@ -164,10 +167,9 @@ def _train(lanes: dict[str, Lane], story: Story, view: View) -> None:
 
 def _outcome(story: Story, lane: Lane) -> Outcome:
     loss = lane.plant.held_out_loss()
-    known = {outcome.name: outcome for outcome in story.outcomes}
+    clean = story.outcomes[0].held_out_loss if story.outcomes else loss
     events = story.interventions if lane.name == SUPERVISED else []
-    clean = known[CLEAN].held_out_loss if CLEAN in known else loss
-    outcome = Outcome(
+    return Outcome(
         name=lane.name,
         steps=lane.steps,
         held_out_loss=loss,
@@ -179,71 +181,9 @@ def _outcome(story: Story, lane: Lane) -> Outcome:
         seconds=lane.seconds,
         stopped=lane.stopped,
     )
-    story.outcomes.append(outcome)
-    return outcome
 
 
 def _exit_code(story: Story, report: Report) -> ExitCode:
     if any(outcome.stopped for outcome in story.outcomes):
         return ExitCode.HALTED
     return ExitCode.FAILED if report.exit_code == 1 else ExitCode.OK
-
-
-def _tell(people: Console, story: Story, report: Report, folder: Path, *, seconds: float) -> None:
-    from kalmanguard.cli.tables import claims_table
-
-    people.print()
-    people.print(_table(story.outcomes))
-    people.print(
-        "[dim]Steps undone: dropped before being applied, or rolled back. Steps behind: for how long the clean run had "
-        "already been where this one ended.[/dim]"
-    )
-    people.print(
-        "\n[bold]Certificate[/bold] of the supervised run, derived from its journal by the standalone verifier"
-    )
-    people.print(claims_table(report, detailed=False))
-    people.print(f"head {report.head}", soft_wrap=True)
-    people.print(f"\n[bold]Where everything lies[/bold] (took {duration(seconds)})")
-    _places(people, folder)
-
-
-def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("run", "final held-out\nloss", "ratio\nto clean", "steps\nundone", "steps\nbehind", "vetoes"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
-    table.add_column("rollbacks", justify="right")
-    table.add_column("time", justify="right")
-    for o in outcomes:
-        style = {CLEAN: "default", FAULTED: "red", SUPERVISED: "cyan"}[o.name]
-        behind = "-" if o.name == CLEAN else f"all {o.steps_behind:,}" if not math.isfinite(o.held_out_loss) else (
-            f"{o.steps_behind:,}"
-        )  # fmt: skip
-        watched = o.name == SUPERVISED
-        table.add_row(
-            o.name,
-            number(o.held_out_loss),
-            number(o.ratio) if math.isfinite(o.ratio) else "-",
-            f"{o.steps_undone:,}" if watched else "-",
-            behind,
-            f"{o.vetoes}" if watched else "-",
-            f"{o.rollbacks}" if watched else "-",
-            duration(o.seconds),
-            style=style,
-        )
-    return table
-
-
-def _places(people: Console, folder: Path) -> None:
-    table = Table.grid(padding=(0, 2))
-    name = shown(folder)
-    for path, what in (
-        (f"{name}/story.png", "the figure"),
-        (f"{name}/summary.json", "all numbers of it"),
-        (f"{name}/journal.sqlite", "the journal: what was measured and decided at every step"),
-        (f"{name}/checkpoints", "durable checkpoints of the supervised run"),
-    ):
-        table.add_row(path, f"[dim]{what}[/dim]")
-    people.print(table)
-    people.print(f"\nLook closer with  kalmanguard show {name}")
-    people.print(f"Check it with     kalmanguard verify {name}")
-    people.print(f"Decide again with kalmanguard replay {name}")

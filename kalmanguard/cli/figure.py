@@ -30,7 +30,7 @@ _CHANNEL_STYLE = {
     "trajectory": ("#CC79A7", "D"),
     "held-out loss": ("#000000", "o"),
 }
-_SPAN = {"color": "#E69F00", "alpha": 0.22, "linewidth": 0, "zorder": 0}
+_SPAN: dict[str, Any] = {"color": "#E69F00", "alpha": 0.22, "linewidth": 0, "zorder": 0}
 _ROLLBACK, _VETO = "#7B3294", "#B8860B"
 #: Held-out losses above this many times the first one are drawn at the edge.
 _CEILING = 1.35
@@ -139,8 +139,9 @@ def _end_labels(
     at = -1.0
     for name, drawn, value in sorted(ends, key=lambda end: end[1]):
         at = max(height(drawn), at + 0.055)
+        text = f"{value:.2f}" if abs(value) >= 1 else f"{value:.2g}"
         axes.annotate(
-            f"{value:.2f}" if abs(value) >= 1 else f"{value:.2g}", (1.0, at), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points", va="center",
+            text, (1.0, at), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points", va="center",
             color=_STYLE[name]["color"], fontsize=9, fontweight="bold" if name == SUPERVISED else "normal",
             annotation_clip=False,
         )  # fmt: skip

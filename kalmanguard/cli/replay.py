@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kalmanguard.cli.options import AsJson, Run
-from kalmanguard.cli.tables import status
-from kalmanguard.cli.terminal import console, emit
-from kalmanguard.replay import ReplayReport
+from kalmanguard.cli.terminal import console, emit, status
+
+if TYPE_CHECKING:
+    from kalmanguard.replay import ReplayReport
 
 _ORDER = ("ACCEPT", "VETO", "ROLLBACK", "HALT", "WARMUP", "NOMINAL", "SUSPECT", "CONFIRMED")
 

@@ -76,11 +76,12 @@ def run(
 
     - 4: halted, with the best certified state restored
     """
-    from kalmanguard.certificate.verify import verify
-    from kalmanguard.cli.training import Lane, check_faults, read_settings
-
     started = time.perf_counter()
     people = console(as_json=as_json)
+    with people.status("Loading PyTorch ..."):
+        from kalmanguard.certificate.verify import verify
+        from kalmanguard.cli.training import Lane, check_faults, read_settings
+
     faults = list(fault or ())
     check_faults(faults, steps)
     changes: dict[str, Any] = {"on_halt": "return"} | ({} if mode is None else {"mode": mode.value})
@@ -158,13 +159,13 @@ def _line(event: Event) -> Text:
 
 
 def _tell(people: Console, text: str, report: Report, folder: Path, *, held_out: float, seconds: float) -> None:
-    from kalmanguard.cli.tables import claims_table
+    from kalmanguard.cli.tables import print_claims
 
     people.print()
     people.print(Text(text))
     people.print(f"\nFinal loss on data that neither training nor the probe saw: {number(held_out)}")
     people.print(f"Training took {duration(seconds)}, supervision included.")
     people.print("\n[bold]Certificate[/bold]")
-    people.print(claims_table(report, detailed=False))
+    print_claims(people, report)
     name = shown(folder)
     people.print(Text(f"\nEverything lies in {name}. Look closer with: kalmanguard show {name}"))

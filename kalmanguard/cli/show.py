@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, RenderableType
@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kalmanguard.cli.options import AsJson, Run
-from kalmanguard.cli.story import Event, Point
-from kalmanguard.cli.summary import RunSummary, summarise
-from kalmanguard.cli.tables import claims_table, status
-from kalmanguard.cli.terminal import STYLES, blocks_fit, console, emit, number, sparkline
+from kalmanguard.cli.terminal import blocks_fit, console, emit, number, sparkline, status
 from kalmanguard.errors import JournalError
+
+if TYPE_CHECKING:
+    from kalmanguard.cli.story import Event, Point
+    from kalmanguard.cli.summary import RunSummary
 
 _LABEL = 16
 
@@ -38,6 +39,8 @@ def show(
     - 2: there is no journal that can be read
     """
     from kalmanguard.certificate import verify as verifier
+    from kalmanguard.cli.summary import summarise
+    from kalmanguard.cli.tables import print_claims
 
     summary = summarise(run)
     try:
@@ -58,7 +61,7 @@ def show(
     people.print(table)
     _tell_events(people, summary.events, events)
     people.print("\n[bold]Certificate[/bold]")
-    people.print(claims_table(report, detailed=False))
+    print_claims(people, report)
     people.print(Text(f"\nThe numbers behind it: kalmanguard verify {run}", style="dim"))
 
 
@@ -143,5 +146,5 @@ def _tell_events(people: Console, events: Sequence[Event], listed: int) -> None:
     table.add_column()
     for event in events[left_out:]:
         word = event.action if event.action != "ACCEPT" else event.level
-        table.add_row(Text(word, style=STYLES.get(word, "default")), Text(event.reason))
+        table.add_row(status(word), Text(event.reason))
     people.print(table)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kalmanguard.certificate.verify import NON_CLAIMS, Report
-from kalmanguard.cli.terminal import STYLES
+from kalmanguard.cli.terminal import status
 
 
 def claims_table(report: Report, *, detailed: bool) -> Table:
@@ -25,9 +25,20 @@ def claims_table(report: Report, *, detailed: bool) -> Table:
     return table
 
 
-def status(word: str) -> Text:
-    """A status or level in its colour."""
-    return Text(word, style=STYLES.get(word, "default"))
+def print_claims(console: Console, report: Report) -> None:
+    """Print the claims, and what their statuses mean."""
+    console.print(claims_table(report, detailed=False))
+    meanings = {
+        "HOLDS": "derived again from the journal",
+        "NOT CLAIMED": "nothing to check, or nothing promised",
+        "VACUOUS": "true, but too weak to be of use",
+        "LAPSED": "held once, or broken openly",
+        "INCOMPLETE": "the journal was not closed",
+        "FAILED": "the journal contradicts itself",
+    }
+    found = {claim.status for claim in report.claims}
+    legend = "; ".join(f"{word}: {meaning}" for word, meaning in meanings.items() if word in found)
+    console.print(Text(f"{legend}.", style="dim"))
 
 
 def print_report(console: Console, report: Report) -> None:

@@ -79,7 +79,7 @@ def console(*, as_json: bool = False) -> Console:
 
 def emit(data: dict[str, Any]) -> None:
     """Print one JSON object on stdout; numbers that JSON does not have become null."""
-    typer.echo(json.dumps(plain(data), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(plain(data), indent=2))
 
 
 def plain(value: Any) -> Any:
@@ -135,6 +135,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s"
 
 
+def status(word: str) -> Text:
+    """A status or level in its colour."""
+    return Text(word, style=STYLES.get(word, "default"))
+
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII = "_.:-=+*#"
 
@@ -154,15 +159,16 @@ def sparkline(
     cells: list[float | None] = [None] * width
     last = -1
     for step, value in points:
-        cell = min(width - 1, max(0, math.ceil(step / end * width) - 1))
-        known = cells[cell]
+        at = min(width - 1, max(0, math.ceil(step / end * width) - 1))
+        known = cells[at]
+        # A nan once there stays: no comparison with it is true.
         if known is None or not math.isfinite(value) or value > known:
-            cells[cell] = known if known is not None and not math.isfinite(known) else value
-        last = max(last, cell)
+            cells[at] = value
+        last = max(last, at)
     line, glyph = [], " "
-    for value in cells[: last + 1]:
-        if value is not None:
-            glyph = glyphs[_height(value, low, high, len(glyphs))] if math.isfinite(value) else "x"
+    for cell in cells[: last + 1]:
+        if cell is not None:
+            glyph = glyphs[_height(cell, low, high, len(glyphs))] if math.isfinite(cell) else "x"
         line.append(glyph)
     return "".join(line)
 

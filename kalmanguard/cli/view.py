@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kalmanguard.cli.story import LANES, SUPERVISED, Event, Point, Story
-from kalmanguard.cli.terminal import STYLES, blocks_fit, number, sparkline
+from kalmanguard.cli.terminal import blocks_fit, number, sparkline, status
 from kalmanguard.records import Decision
 
 _LANE_STYLES = dict(zip(LANES, ("default", "red", "cyan"), strict=True))
@@ -130,15 +130,11 @@ class LiveView(View):
         decision = self._decision
         if decision is not None:
             # One line: it changes with every step.
-            table.add_row(_word(decision.level.value), Text(decision.reason, no_wrap=True, overflow="ellipsis"))
+            table.add_row(status(decision.level.value), Text(decision.reason, no_wrap=True, overflow="ellipsis"))
         table.add_row("", "")
         for event in self._events[-_EVENTS:]:
-            table.add_row(_word(event.action if event.action != "ACCEPT" else event.level), Text(event.reason))
+            table.add_row(status(event.action if event.action != "ACCEPT" else event.level), Text(event.reason))
         return table
-
-
-def _word(word: str) -> Text:
-    return Text(word, style=STYLES.get(word, "default"))
 
 
 def _last(curve: Sequence[Point]) -> float | None:

@@ -47,7 +47,9 @@ class LearningRateExcursion:
         )
 
     def step(self, state: ExcursionState, rates: tuple[float, ...]) -> tuple[ExcursionState, Evidence | None]:
-        """Test one step's rates, per param group, before any factor of ours."""
+        """Test one step's rates, per param group."""
+        if rates == state.reference and state.fired_at == 1.0:
+            return state, None
         if len(rates) != len(state.reference):
             return ExcursionState(rates), None
         ratio = self.ratio(state, rates)

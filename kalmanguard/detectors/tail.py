@@ -64,11 +64,13 @@ class TailTest:
 
     def step(self, state: TailState, innovation: Innovation) -> tuple[TailState, Evidence | None]:
         """Test one innovation; evidence is returned only when it fires."""
-        z = innovation.normalised
+        z = innovation.value / innovation.scale
         size = abs(z) if self._two_sided else z
+        if size <= self._threshold and not state.excess:
+            return state, None
         threshold = self.threshold(state)
         if size <= threshold:
-            return (TailState(max(0.0, state.excess - _STEP * self._rate)) if state.excess else state), None
+            return TailState(max(0.0, state.excess - _STEP * self._rate)), None
         message = (
             f"{self.channel} is {innovation.value:+.4g} off its prediction, {size:.1f} standard deviations; "
             f"{threshold:.1f} are allowed"

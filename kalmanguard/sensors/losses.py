@@ -63,9 +63,9 @@ def take(batch: Any, count: int, start: int = 0) -> Any:
     return _map(batch, cut)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``."""
-    return _map(batch, lambda item: item.detach().to(device) if isinstance(item, Tensor) else item)
+def copied(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors copied to ``device``: a loader may use its buffers again."""
+    return _map(batch, lambda item: item.detach().to(device, copy=True) if isinstance(item, Tensor) else item)
 
 
 def _map(batch: Any, f: Callable[[Any], Any]) -> Any:
@@ -102,10 +102,11 @@ def per_example(output: Any, target: Any, loss_fn: LossFn | None, size: int) -> 
 
 def _inferred(values: Tensor, target: Tensor) -> Tensor:
     if not target.is_floating_point() and not target.is_complex() and target.dtype is not torch.bool:
-        if values.ndim == target.ndim + 1 and values.shape[:-1] == target.shape and target.ndim >= 1:
-            return _cross_entropy(values, target)
-        if values.ndim == target.ndim + 1 and values.shape[2:] == target.shape[1:] and values.shape[0] == len(target):
-            return _cross_entropy(values.movedim(1, -1), target)
+        classes_last = values.ndim == target.ndim + 1 and values.shape[:-1] == target.shape and target.ndim >= 1
+        classes_first = target.ndim >= 2 and values.shape[:1] + values.shape[2:] == target.shape
+        # As many classes as positions: (B, T, V) and (B, C, L) cannot be told apart.
+        if classes_last != classes_first:
+            return _cross_entropy(values if classes_last else values.movedim(1, -1), target)
     if target.is_floating_point() and values.shape == target.shape and target.ndim >= 1:
         return (values.float() - target.float()).square().reshape(len(target), -1).mean(1)
     raise ConfigurationError(

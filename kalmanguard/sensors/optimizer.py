@@ -47,10 +47,9 @@ class OptimizerTap:
     Notes
     -----
     A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay
-    and step counters stand still) and put back afterwards; a fused optimizer on an accelerator gets its ``found_inf``
-    flag instead, without a host synchronisation. A step with a closure computes its gradients inside and cannot be
-    dropped. Only hooks that this object has registered are ever removed. Cost: one norm over the gradients, one scalar
-    read.
+    and step counters stand still) and put back afterwards. A step with a closure computes its gradients inside and
+    cannot be dropped. Only hooks that this object has registered are ever removed. Cost: one norm over the gradients and
+    one scalar read, which on an accelerator waits for the backward pass.
     """
 
     def __init__(
@@ -173,21 +172,14 @@ class OptimizerTap:
         self.effective += tuple(float(group["lr"]) for group in optimizer.param_groups)
 
     def _judge(self, optimizer: Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:
+        gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
+        if not gradients:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
         norm = total_norm(gradients)
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
             norm = norm / scale.to(norm.device)
-        if norm.device.type != "cpu" and getattr(optimizer, "defaults", {}).get("fused") and self._protect:
-            bad = ~(norm <= self.gate)
-            known = getattr(optimizer, "found_inf", None)
-            flag = bad.float() if known is None else torch.maximum(known, bad.float())
-            optimizer.found_inf = flag  # type: ignore[attr-defined]
-            self._stashed[id(optimizer)] = []
         value = float(norm)
         self._square += value * value
         self.last_norm = value
@@ -202,9 +194,10 @@ class OptimizerTap:
             self.veto = self.veto or "explosion"
         else:
             return
-        if self._protect and id(optimizer) not in self._stashed:
-            self._stashed[id(optimizer)] = list(zip(parameters, gradients, strict=True))
-            for p in parameters:
+        if self._protect:
+            with_gradient = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._stashed[id(optimizer)] = [(p, p.grad) for p in with_gradient]
+            for p in with_gradient:
                 p.grad = None
 
     def _after(self, optimizer: Optimizer) -> None:
@@ -217,8 +210,6 @@ class OptimizerTap:
         else:
             for p, gradient in stashed:
                 p.grad = gradient
-            if not stashed and hasattr(optimizer, "found_inf"):
-                del optimizer.found_inf
         self.steps += 1
 
 

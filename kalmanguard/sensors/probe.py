@@ -109,7 +109,7 @@ class Probe:
         """Hand out unused examples, all that are left or those of ``loader``; they are never handed out again."""
         if loader is not None:
             with random_streams_kept(self.device):
-                return [L.to_device(batch, self.device) for batch in loader]
+                return [L.copied(batch, self.device) for batch in loader]
         batches, self._fresh = self._fresh, []
         return batches
 
@@ -148,11 +148,11 @@ def _materialise(loader: Iterable[Any], examples: int, fresh: int, device: torch
         at, size = 0, L.batch_size(batch)
         if wanted and size:
             at = min(wanted, size)
-            probe.append(L.to_device(L.take(batch, at), device))
+            probe.append(L.copied(L.take(batch, at), device))
             wanted -= at
         if at < size and reserve:
             count = min(reserve, size - at)
-            spare.append(L.to_device(L.take(batch, count, at), device))
+            spare.append(L.copied(L.take(batch, count, at), device))
             reserve -= count
         if not wanted and not reserve:
             break
