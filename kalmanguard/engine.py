@@ -118,7 +118,9 @@ class Engine:
             decision = _halted(ledger, m, evidence, statistics)
         else:
             if harm and not ledger.declined:
-                ruling = self._policy.intervene(ledger, m, harm, verdict.y, evidence, statistics)
+                # What a probe has not shown is not weighed against probes either.
+                y = verdict.y if verdict.harm else math.nan
+                ruling = self._policy.intervene(ledger, m, harm, y, evidence, statistics)
             if ruling is None:
                 ruling = self._policy.accept(
                     ledger, m, verdict, evidence, statistics, largest_gradient=estimators.largest_gradient

@@ -144,7 +144,7 @@ class Actuator:
         return failures
 
     def capture_s(self) -> float:
-        """Seconds that a capture into a used slot takes, the best of three; measured on a slot that is given up again."""
+        """Seconds that a capture into a used slot takes, the best of three, on a slot that is given up again."""
         scratch = self.state.capture()
         times = []
         for _ in range(3):

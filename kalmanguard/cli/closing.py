@@ -67,16 +67,14 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _places(people: Console, folder: Path) -> None:
-    table = Table.grid(padding=(0, 2))
     name = shown(folder)
     for path, what in (
-        (f"{name}/story.png", "the figure"),
-        (f"{name}/summary.json", "all numbers of it"),
-        (f"{name}/journal.sqlite", "the journal: what was measured and decided at every step"),
-        (f"{name}/checkpoints", "durable checkpoints of the supervised run"),
+        ("story.png", "the figure"),
+        ("summary.json", "all numbers of it"),
+        ("journal.sqlite", "the journal: what was measured and decided at every step"),
+        ("checkpoints", "durable checkpoints of the supervised run"),
     ):
-        table.add_row(path, f"[dim]{what}[/dim]")
-    people.print(table)
-    people.print(f"\nLook closer with  kalmanguard show {name}")
-    people.print(f"Check it with     kalmanguard verify {name}")
-    people.print(f"Decide again with kalmanguard replay {name}")
+        people.print(Text.assemble(f"{name}/{path:<14}  ", (what, "dim")), soft_wrap=True)
+    people.print()
+    for purpose, command in (("Look closer", "show"), ("Check it", "verify"), ("Decide again", "replay")):
+        people.print(Text(f"{purpose:<13} kalmanguard {command} {name}"), soft_wrap=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,7 +48,7 @@ def show(
         raise JournalError(str(error)) from None
     if as_json:
         listed = summary.to_dict()
-        listed["events"] = listed["events"][len(summary.events) - events :] if events else []
+        listed["events"] = listed["events"][-events:] if events else []
         emit(listed | {"event_count": len(summary.events), "certificate": report.to_dict()})
         return
     people = console()
@@ -108,11 +107,11 @@ def _settings(summary: RunSummary) -> str:
     return f"mode {mode}; {others or 'otherwise the defaults'}"
 
 
-def _counts(counter: Counter[str]) -> Text:
+def _counts(counts: Mapping[str, int]) -> Text:
     text = Text()
-    for index, (word, count) in enumerate(counter.most_common()):
+    for index, (word, count) in enumerate(sorted(counts.items(), key=lambda item: -item[1])):
         text.append("" if index == 0 else ", ").append_text(status(word)).append(f" {count:,}")
-    return text if counter else Text("none yet")
+    return text if counts else Text("none yet")
 
 
 def _course(points: Sequence[Point]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ class RunSummary:
     origin: dict[str, Any] | None
     steps: int = 0
     last_decision: str = ""
-    actions: Counter[str] = field(default_factory=Counter)
-    levels: Counter[str] = field(default_factory=Counter)
+    actions: dict[str, int] = field(default_factory=dict)
+    levels: dict[str, int] = field(default_factory=dict)
     rollbacks: list[Point] = field(default_factory=list)
     probes: list[Point] = field(default_factory=list)
     losses: list[Point] = field(default_factory=list)
@@ -100,8 +99,8 @@ def _step(summary: RunSummary, m: Measurement, decision: Decision, statistics: d
             summary.envelope = envelope
     if m.outcome is not None or not m.learning_rates:
         return  # what follows a restore, or precedes the first step, is no step of training
-    summary.actions[decision.action.value] += 1
-    summary.levels[decision.level.value] += 1
+    for counts, word in ((summary.actions, decision.action.value), (summary.levels, decision.level.value)):
+        counts[word] = counts.get(word, 0) + 1
     summary.last_decision = decision.reason
     if m.loss is not None:
         summary.losses.append((m.step, m.loss))

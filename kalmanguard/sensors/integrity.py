@@ -26,9 +26,10 @@ class IntegritySensor:
 
     Notes
     -----
-    Slices are compared at every other step, so the detection latency of a silent change of one element that does not
-    show in the sketch is twice the number of slices, ``2 sum ceil(numel / 4096)``, in steps. Cost: about 10 us a step,
-    independent of the model's size but for the counters (0.05 us a parameter).
+    What a step changes cannot be told from what changed before it, so a silent change of one element is seen when its
+    slice is the one that is compared over that very interval: one time in `cycle_steps`. A change that shows does so in
+    the sketch, as energy in one bucket. Cost: about 10 us a step, independent of the model's size but for the counters
+    (0.05 us a parameter).
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -87,7 +88,7 @@ class IntegritySensor:
         self._versions, self._kept, self._moments = [], [], []
 
     @property
-    def latency_steps(self) -> int:
+    def cycle_steps(self) -> int:
         """Steps after which every slice of every parameter has been compared once."""
         return 2 * sum(-(-p.numel() // _SLICE) for p in self._parameters)
 

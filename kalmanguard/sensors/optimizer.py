@@ -48,8 +48,8 @@ class OptimizerTap:
     -----
     A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay
     and step counters stand still) and put back afterwards. A step with a closure computes its gradients inside and
-    cannot be dropped. Only hooks that this object has registered are ever removed. Cost: one norm over the gradients and
-    one scalar read, which on an accelerator waits for the backward pass.
+    cannot be dropped. Only hooks that this object has registered are ever removed. Cost: one norm over the gradients
+    and one scalar read, which on an accelerator waits for the backward pass.
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class OptimizerTap:
         if self.optimizers:
             return
         for candidate in gc.get_objects():
-            if isinstance(candidate, Optimizer) and self._trains(candidate):
+            # Not isinstance: it asks an object for its __class__, and lazy or deprecated ones do things then.
+            if issubclass(type(candidate), Optimizer) and self._trains(candidate):
                 self.optimizers.append(candidate)
         if not self.optimizers:
             raise BindError(
