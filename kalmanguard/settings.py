@@ -15,9 +15,22 @@ Preset = Literal["conservative", "balanced", "aggressive"]
 
 #: What a preset changes against the field defaults ("balanced").
 PRESETS: dict[str, dict[str, object]] = {
-    "conservative": {"give_back": 0.35, "suspicion": 10.0, "patience": 5, "gate_ratio": 30.0},
+    "conservative": {
+        "give_back": 0.35,
+        "suspicion": 10.0,
+        "patience": 5,
+        "gate_ratio": 30.0,
+        "ladder": "conservative",
+    },
     "balanced": {},
-    "aggressive": {"give_back": 0.12, "suspicion": 7.0, "patience": 2, "gate_ratio": 6.0, "budget": 0.02},
+    "aggressive": {
+        "give_back": 0.12,
+        "suspicion": 7.0,
+        "patience": 2,
+        "gate_ratio": 6.0,
+        "budget": 0.02,
+        "ladder": "aggressive",
+    },
 }
 
 
@@ -78,7 +91,8 @@ class Settings(BaseModel):
     gate_skips: int = Field(3, ge=1, description="steps in a row that are skipped for size before clipping takes over")
     rollback_budget: int = Field(16, ge=1, description="rollbacks without a recovery between them before a halt")
     recovery_steps: int = Field(25, ge=1, description="healthy steps after which a rollback counts as recovered")
-    recovery: Any = Field(None, exclude=True, description="a recovery ladder of your own; the preset's when None")
+    ladder: Preset = Field("balanced", description="built-in recovery ladder, used when recovery is None")
+    recovery: Any = Field(None, exclude=True, description="a recovery ladder of your own")
 
     certificate_alpha: float = Field(0.05, gt=0, lt=1, description="error probability of the betting certificate")
     certificate_delta: float = Field(0.05, gt=0, description="degradation that C3 certifies against, in loss units")

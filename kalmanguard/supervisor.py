@@ -44,7 +44,7 @@ from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outc
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.suite import SensorSuite
-from kalmanguard.settings import PRESETS, Settings
+from kalmanguard.settings import Settings
 from kalmanguard.snapshots.memory import slots_for
 from kalmanguard.snapshots.state import TrainingState
 
@@ -180,7 +180,7 @@ class Supervisor:
         probe = Probe(
             self.model, probe_loader, examples=chosen.probe_examples, fresh=chosen.fresh_examples, loss_fn=loss_fn
         )
-        recovery = chosen.recovery or Recovery.preset(_preset_of(settings))
+        recovery = chosen.recovery or Recovery.preset(chosen.ladder)
         own = weakref.ref(self)
         tap = OptimizerTap(
             self.model.parameters(),
@@ -557,6 +557,13 @@ class Supervisor:
         loop.suite.stride = int(state["stride"])
         loop.tally = Counter({str(k): int(v) for k, v in state["tally"].items()})
         loop.resume_at(int(state["step"]), int(state["objective"]), loaded._replace(ledger=ledger, saved=()))
+        # All that a replay needs to go on from here.
+        record = {
+            "step": loop.step,
+            "engine": statefile.dump(loop.state),
+            "settings": self.settings.model_dump(mode="json"),
+        }
+        loop.journal.record("resume", loop.step, record)
 
     def close(self) -> None:
         """Write the closing record, finish the checkpoints, remove the hooks; harmless when repeated."""
@@ -656,10 +663,9 @@ class Supervisor:
         loop.tap.bind()
         if loop.actuator.store is None:
             raise SnapshotError("A run without a run folder has no checkpoint to resume from.")
-        step, tree, meta = loop.actuator.store.load_last_clean()
+        _, tree, meta = loop.actuator.store.load_last_clean()
         loop.actuator.state.load_tree(tree, rng=True, schedule=True, data=self._rewindable)
         self.load_state_dict(meta)
-        loop.journal.record("resume", step, {"step": step, "engine": statefile.dump(loop.state)})
 
     def _abandon(self) -> None:
         self._closed = True
@@ -713,7 +719,3 @@ def _at_exit(own: weakref.ref[Supervisor]) -> None:
 
 def _nothing_yet(step: int) -> Decision:
     return Decision(step, Action.ACCEPT, Action.ACCEPT, Level.WARMUP, Mode.WATCHING, "No optimizer step was taken yet.")
-
-
-def _preset_of(settings: object) -> str:
-    return settings if isinstance(settings, str) and settings in PRESETS else "balanced"

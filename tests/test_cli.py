@@ -225,6 +225,7 @@ def test_an_interrupt_closes_the_run_properly(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
+    assert "Interrupted after step" in output
     assert "Traceback" not in output
     claims = {claim["name"]: claim["status"] for claim in parsed(call("verify", folder, "--json"))["claims"]}
     assert (claims["chain"], claims["run"]) == ("HOLDS", "HOLDS")
@@ -543,6 +544,14 @@ def test_sparkline_keeps_spikes_and_marks_what_is_not_finite() -> None:
     assert line == "▁▁▁▁█▁▁x▁▁"
     assert terminal.sparkline(points[:50], width=10, end=100, low=1.0, high=10.0, blocks=False) == "____#"
     assert terminal.sparkline([(1.0, -3.0)], width=3, end=1, low=-3.0, high=-3.0) == "  ▁"
+
+
+def test_steps_behind_is_read_off_the_clean_curve() -> None:
+    told = story.Story("mlp", "", 100, 0, [], [], 8.0)
+    told.curves["clean"] = [(float(step), 5.0 - step / 25 + 0.1 * (step % 2)) for step in range(101)]
+    assert told.steps_behind(0.0) == told.steps_behind(-0.5) == 0
+    assert told.steps_behind(1.0) == pytest.approx(25, abs=2)
+    assert told.steps_behind(40.0) == told.steps_behind(float("nan")) == 100
 
 
 def test_plain_makes_json_of_anything() -> None:

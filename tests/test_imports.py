@@ -22,6 +22,8 @@ HEAVY = {"torch", "scipy", "filterpy", "statsmodels", "mapie", "sklearn", "panda
 NUMERIC = [
     "engine",
     "statefile",
+    "replay",
+    "report",
     "estimators",
     "detectors",
     "control",

@@ -114,7 +114,19 @@ class ResetMoments(RecoveryAction):
     def apply(self, controls: Controls) -> None:
         """Clear the per-parameter state."""
         for optimizer in controls.optimizers:
-            optimizer.state.clear()
+            if isinstance(optimizer, torch.optim.Adagrad):
+                _reset_adagrad(optimizer)
+            else:
+                optimizer.state.clear()
+
+
+@torch.no_grad()
+def _reset_adagrad(optimizer: torch.optim.Adagrad) -> None:
+    """Put the accumulators back to their start: older versions of torch make them in the constructor only."""
+    start = optimizer.defaults["initial_accumulator_value"]
+    for state in optimizer.state.values():
+        state["step"].zero_()
+        state["sum"].copy_(torch.full_like(state["sum"], complex(start, start) if state["sum"].is_complex() else start))
 
 
 class PerturbWeights(RecoveryAction):

@@ -15,64 +15,84 @@ class LearningRateLimit:
     """Scale the learning rate, and hold it below what the restored state was trained at.
 
     The user's own value is put back after each step, so that no scheduler undoes or compounds the limit. `release` lets
-    the factor grow back to 1, by equal ratios, over 20 steps.
+    the factor grow back to 1, by equal ratios, over 20 steps of each optimizer.
     """
 
     def __init__(self) -> None:
         self._factor = 1.0
         self._caps: dict[tuple[int, int], float] = {}
         self._users: dict[tuple[int, int], float] = {}
-        self._lowest = 1.0
-        self._ramp: int | None = None
-        self._target = 1.0
+        #: Smallest factor that was in force at each optimizer's last step, and steps left of its way back.
+        self._lowest: dict[int, float] = {}
+        self._left: dict[int, int] = {}
+        self._releasing = False
 
     @property
     def active(self) -> bool:
         """Whether any learning rate may be changed at the next step."""
-        return self._factor != 1.0 or bool(self._caps) or self._ramp is not None
+        return self._factor != 1.0 or bool(self._caps) or self._releasing
 
     def scale(self, factor: float) -> None:
         """Multiply the learning rates by ``factor`` on top of what is in force."""
+        self._interrupt()
         self._factor *= factor
-        self._ramp = None
 
     def hold(self, optimizer: Optimizer, rates: tuple[float, ...]) -> None:
         """Let no group's rate exceed the one given for it."""
+        self._interrupt()
         self._caps.update({(id(optimizer), index): rate for index, rate in enumerate(rates)})
-        self._ramp = None
 
     def release(self) -> None:
         """Begin to give the user's rates back."""
-        if self.active and self._ramp is None:
-            self._factor, self._caps, self._ramp = self._lowest, {}, _RAMP_STEPS
-            self._target = self._lowest
+        if self.active and not self._releasing:
+            self._releasing = True
+            self._left = dict.fromkeys(self._lowest, _RAMP_STEPS)
+            self._factor, self._caps = 1.0, {}
+            self._end_if_done()
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Put the limited rates in force."""
         if not self.active:
             return
-        lowest = 1.0
+        factor, lowest = self._present_factor(id(optimizer)), 1.0
         for index, group in enumerate(optimizer.param_groups):
             key = (id(optimizer), index)
             user = float(group["lr"])
-            rate = min(user * self._factor, self._caps.get(key, math.inf))
+            rate = min(user * factor, self._caps.get(key, math.inf))
             if user > 0:
                 lowest = min(lowest, rate / user)
-            self._users[key] = group["lr"]
+            self._users[key] = user
             _set_rate(group, rate)
-        self._lowest = lowest
+        if not self._releasing:
+            self._lowest[id(optimizer)] = lowest
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Put the user's rates back."""
         for index, group in enumerate(optimizer.param_groups):
             user = self._users.pop((id(optimizer), index), None)
             if user is not None:
-                _set_rate(group, float(user))
-        if self._ramp is not None:
-            self._ramp -= 1
-            self._factor = self._target ** (self._ramp / _RAMP_STEPS)
-            if self._ramp <= 0:
-                self._factor, self._ramp = 1.0, None
+                _set_rate(group, user)
+        if self._releasing and self._left.get(id(optimizer)):
+            self._left[id(optimizer)] -= 1
+            self._end_if_done()
+
+    def _present_factor(self, key: int) -> float:
+        if not self._releasing:
+            return self._factor
+        left: float = self._lowest.get(key, 1.0) ** (self._left.get(key, 0) / _RAMP_STEPS)
+        return left
+
+    def _interrupt(self) -> None:
+        """A new limit during a release starts from the lowest factor that the release had reached."""
+        if self._releasing:
+            self._factor = min(map(self._present_factor, self._left), default=1.0)
+            self._releasing = False
+        if not self.active:
+            self._lowest = {}
+
+    def _end_if_done(self) -> None:
+        if not any(self._left.values()):
+            self._releasing, self._lowest, self._left = False, {}, {}
 
 
 def _set_rate(group: dict[str, object], rate: float) -> None:

@@ -65,9 +65,13 @@ def demo(
     )
     with ExitStack() as stack:
         with people.status("Loading PyTorch and the data ..."):
+            import torch
+
             from kalmanguard.certificate.verify import verify
             from kalmanguard.cli.view import make_view
 
+            # Networks this small gain nothing from more threads, and lose a lot to them where cores are shared.
+            torch.set_num_threads(1)
             story = _prepare(plant, list(fault) if fault else _default_faults(plant, steps), steps=steps, seed=seed)
             folder = fresh_folder(out, "run")
             lanes = _lanes(story, folder, stack)
@@ -167,7 +171,7 @@ def _train(lanes: dict[str, Lane], story: Story, view: View) -> None:
 
 def _outcome(story: Story, lane: Lane) -> Outcome:
     loss = lane.plant.held_out_loss()
-    clean = story.outcomes[0].held_out_loss if story.outcomes else loss
+    clean = story.outcomes[0].held_out_loss if story.outcomes else loss  # the clean run comes first
     events = story.interventions if lane.name == SUPERVISED else []
     return Outcome(
         name=lane.name,
@@ -177,7 +181,7 @@ def _outcome(story: Story, lane: Lane) -> Outcome:
         vetoes=sum(event.action == "VETO" for event in events),
         rollbacks=sum(event.restored_step is not None for event in events),
         steps_undone=sum(event.lost for event in events),
-        steps_behind=0 if lane.name == CLEAN else story.steps_behind(story.curves[lane.name]),
+        steps_behind=story.steps_behind(loss - clean),
         seconds=lane.seconds,
         stopped=lane.stopped,
     )

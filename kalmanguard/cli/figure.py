@@ -253,4 +253,6 @@ def _plain_ticks(axes: Axes, low: float, high: float) -> None:
 def _name(story: Story, name: str) -> str:
     ratio = next((outcome.ratio for outcome in story.outcomes if outcome.name == name), math.nan)
     text = {CLEAN: "clean", FAULTED: "faulted", SUPERVISED: "faulted, supervised"}[name]
-    return text if name == CLEAN or not math.isfinite(ratio) else f"{text} ({ratio:.3g} × clean)"
+    if name == CLEAN or not math.isfinite(ratio):
+        return text
+    return f"{text} ({f'{ratio:.2f}' if ratio < 10 else f'{ratio:.3g}'} × clean)"

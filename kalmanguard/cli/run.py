@@ -78,24 +78,28 @@ def run(
     """
     started = time.perf_counter()
     people = console(as_json=as_json)
-    with people.status("Loading PyTorch ..."):
-        from kalmanguard.certificate.verify import verify
-        from kalmanguard.cli.training import Lane, check_faults, read_settings
-
     faults = list(fault or ())
-    check_faults(faults, steps)
     changes: dict[str, Any] = {"on_halt": "return"} | ({} if mode is None else {"mode": mode.value})
-    chosen = read_settings(settings, **changes)
     options = {
         "seed": seed, "steps": steps, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "schedule": schedule,
     }  # fmt: skip
-    made = make_plant(plant, options)
+    with people.status("Loading PyTorch and the data ..."):
+        from kalmanguard.certificate.verify import verify
+        from kalmanguard.cli.training import Lane, check_faults, read_settings
+
+        check_faults(faults, steps)
+        chosen = read_settings(settings, **changes)
+        made = make_plant(plant, options)
     folder = run_dir if run_dir is not None else fresh_folder(Path("runs"), plant)
     facts = {"plant": plant, "options": options, "faults": faults, "settings": settings, "mode": chosen.mode}
     with warnings_on(people), Lane(plant, made, faults=faults, seed=seed, settings=chosen, run_dir=folder) as lane:
         write_json(folder / "run.json", facts)
         people.print(Text(f"{made.describe()}."))
-        events = _train(lane, steps, people, silent=as_json)
+        try:
+            events = _train(lane, steps, people, silent=as_json)
+        except KeyboardInterrupt:
+            people.print(Text(f"Interrupted after step {lane.steps:,}; what was done until then lies in {folder}."))
+            raise
         assert lane.supervisor is not None
         lane.supervisor.certificate()  # spends the fresh examples on claim C3, in the journal
         held_out = made.held_out_loss()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from kalmanguard.records import Action, Decision
 
 #: The runs, in the order in which they are advanced and shown.
@@ -112,18 +114,18 @@ class Story:
         """Events in which something was done."""
         return [event for event in self.events if event.action != Action.ACCEPT]
 
-    def steps_behind(self, curve: Sequence[Point]) -> int:
-        """For how many steps the clean run had already been where ``curve`` ends.
+    def steps_behind(self, excess: float) -> int:
+        """For how many steps the clean run had already been as good as a run that ends ``excess`` above it.
 
-        The clean curve wavers: it was there between the first time that it was as low and the last that it was as high.
+        The clean curve wavers, so it is read off the middle between the lowest loss before and the highest one after.
         """
-        if not curve or not math.isfinite(curve[-1][1]):
+        if not math.isfinite(excess):
             return self.steps
-        step, value = curve[-1]
-        lower = [at for at, y in self.curves[CLEAN] if y <= value]
-        higher = [at for at, y in self.curves[CLEAN] if y >= value]
-        reached = (min(lower, default=step) + max(higher, default=0.0)) / 2
-        return max(0, round(step - reached))
+        steps, losses = np.array([point for point in self.curves[CLEAN] if math.isfinite(point[1])]).T
+        falling = (np.minimum.accumulate(losses) + np.maximum.accumulate(losses[::-1])[::-1]) / 2
+        levels = falling[-1] + np.array([0.0, max(excess, 0.0)])
+        here, there = np.interp(levels, falling[::-1], steps[::-1])
+        return round(float(here - there))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""

@@ -122,7 +122,7 @@ class Policy:
         evidence: tuple[Evidence, ...],
         statistics: tuple[float, ...],
     ) -> Ruling | None:
-        """Roll back or halt; ``None`` when no state in the ring is better than the present probe ``y`` (nan: any is)."""
+        """Roll back or halt; ``None`` when no state in the ring is better than the present ``y`` (nan: any is)."""
         slots = ledger.slots
         if is_restore(m):
             assert m.outcome is not None
