@@ -230,6 +230,7 @@ class Loop:
         fitted = {"reset": True, "probe_examples": self.probe.size, "probe": self.probe.digest, "stride": stride}
         self.journal.record("note", self.step, fitted)
         self.state = self.engine.init()
+        self.actuator.clear(but=self._started_at)
         self._start(ProbeReading(self._first_reading.losses[: self.probe.size]))
 
     def _measured_costs(self) -> Costs | None:

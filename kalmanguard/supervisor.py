@@ -231,7 +231,11 @@ class Supervisor:
         self._ended = time.perf_counter()
         self._exit = atexit.register(_at_exit, own)
         if resume:
-            self._continue()
+            try:
+                self._continue()
+            except BaseException:
+                self._abandon()
+                raise
         else:
             journal.write_header(header(chosen, recovery.describe(), self.model, probe.size, probe.digest))
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from kalmanguard.control import cadence as cadence_module
 from kalmanguard.control.cadence import Cadence, cadence
 from kalmanguard.control.envelope import EnvelopeRule
 from kalmanguard.control.ladder import RUNGS, Ladder, LadderState
@@ -227,10 +228,11 @@ def test_measured_cadences_are_odd_bounded_and_within_budget(
 ) -> None:
     found = cadence(Settings(budget=budget, fault_rate=fault_rate), Costs(step_s, probe_s, snapshot_s, 4))
     assert found.probe_every % 2 == 1
-    assert 5 <= found.probe_every <= 101
+    longest = cadence_module._LONGEST_PROBE | 1
+    assert 5 <= found.probe_every <= longest
     assert found.snapshot_every >= 5
     share = budget / 2
-    if found.probe_every < 101:
+    if found.probe_every < longest:
         assert probe_s / step_s / found.probe_every <= share * (1 + 1e-9)
     assert snapshot_s / step_s / found.snapshot_every <= share * (1 + 1e-9)
     assert found.snapshot_every <= max(50, math.ceil(snapshot_s / step_s / share))

@@ -463,7 +463,7 @@ def test_batches_are_split_counted_and_cut() -> None:
     assert take((x, y, "text", torch.tensor(3)), 2, 1)[2] == "text"
     with pytest.raises(ConfigurationError, match="yields int"):
         split_batch(3)
-    with pytest.raises(ConfigurationError, match="no tensor"):
+    with pytest.raises(ConfigurationError, match="a tuple, holds no tensor"):
         batch_size(("a", "b"))
 
 

@@ -516,7 +516,6 @@ def test_a_snapshot_by_hand_never_collides_with_those_of_the_cadence(runs: list[
     assert run.supervisor.statistics()["errors"] == 0
 
 
-@pytest.mark.xfail(reason="the engine asks to evict what an observing supervisor never kept")
 def test_a_snapshot_by_hand_works_in_observe_mode_too() -> None:
     run = Run(settings=Settings(mode="observe", probe_examples=128, probe_every=5, snapshot_every=10))
     for _ in range(6):
@@ -529,7 +528,6 @@ def test_a_snapshot_by_hand_works_in_observe_mode_too() -> None:
     run.supervisor.close()
 
 
-@pytest.mark.xfail(reason="states from before the engine's fresh start in step 5 stay in the ring")
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_ring_and_ledger_agree_whatever_the_cadence(every: int, runs: list[Run]) -> None:
     """Also when the sensors are fitted to the budget in the fifth step, and the engine starts anew there."""
@@ -1020,6 +1018,27 @@ def test_a_killed_run_leaves_a_journal_that_verifies_and_a_checkpoint_that_resum
         assert reader.complete
     assert not any(claim.status == "FAILED" for claim in verify(tmp_path / "run").claims)
     assert replay(tmp_path / "run").identical
+
+
+@pytest.mark.parametrize(("last_line", "complete"), [("pass", True), ("1 / 0", False)])
+def test_a_program_that_ends_without_close_leaves_a_journal_that_says_how(
+    last_line: str, complete: bool, tmp_path: Path
+) -> None:
+    here = Path(__file__)
+    code = CHILD.format(folder=str(here.parent), module=here.stem, run_dir=str(tmp_path / "run"))
+    code = code.replace("while True:", "for _ in range(40):") + last_line
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert (child.returncode == 0) == complete
+    assert ("ZeroDivisionError" in child.stderr) != complete
+    with JournalReader(tmp_path / "run") as reader:
+        assert reader.complete == complete
+        assert reader.check_chain() > 40
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:

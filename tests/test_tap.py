@@ -376,6 +376,7 @@ def counts() -> tuple[int, int]:
 
 
 def test_hooks_are_removed_on_close_and_when_the_tap_is_forgotten() -> None:
+    gc.collect()  # what other tests have forgotten goes now, and not in between
     before = counts()
     model = network()
     tap = OptimizerTap(model.parameters())
@@ -579,6 +580,26 @@ def test_a_measurement_holds_what_happened_in_the_step(taps: list[OptimizerTap])
     assert 0 < second.rounding_floor < 1e-5
     assert second.parameters_finite
     assert second.tampered == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_updates_too_small_to_be_seen_lie_below_the_rounding_floor(
+    dtype: torch.dtype, taps: list[OptimizerTap]
+) -> None:
+    """What the difference of two sketches shows of an update that rounds away is noise, and said to be."""
+    torch.manual_seed(0)
+    model = nn.Linear(256, 512, bias=False).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    flight = Suited(model, optimizer)
+    taps.append(flight.tap)
+    measured = None
+    for step in range(2):
+        model.weight.grad = torch.full_like(model.weight, 1e-11)
+        optimizer.step()
+        measured = flight.suite.measure(step + 1, None, costs=None, objective=0)
+    assert measured is not None
+    assert measured.velocity is not None
+    assert float(np.linalg.norm(measured.velocity)) <= measured.rounding_floor
 
 
 def test_a_velocity_is_not_measured_over_a_break(taps: list[OptimizerTap]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from kalmanguard.actuators.actions import Controls, Recovery, RecoveryAction
 from kalmanguard.actuators.effects import LearningRateLimit
 from kalmanguard.control.retention import MOST_SLOTS
+from kalmanguard.errors import SnapshotError
 from kalmanguard.records import Action, Decision, Orders, Outcome
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.settings import Settings
@@ -23,6 +24,7 @@ from kalmanguard.snapshots.ring import Ring
 from kalmanguard.snapshots.state import TrainingState
 
 _DISK_BYTES_PER_S = 2e8
+_COPY_BYTES_PER_S = 8e9
 
 
 class Actuator:
@@ -86,11 +88,15 @@ class Actuator:
 
     def keep(self, orders: Orders, step: int) -> None:
         """Execute what concerns the ring: evict, certify, capture."""
+        # An observing supervisor keeps nothing but what was captured by hand.
+        held = self.ring.steps()
         for old in orders.evict:
-            self.ring.evict(old)
-            self._rates.pop(old, None)
+            if old in held:
+                self.ring.evict(old)
+                self._rates.pop(old, None)
         for known in orders.certify:
-            self.ring.certify(known)
+            if known in held:
+                self.ring.certify(known)
         if orders.snapshot:
             self.ring.capture(step)
             self._rates[step] = tuple(
@@ -146,17 +152,19 @@ class Actuator:
     def capture_s(self) -> float:
         """Seconds that a capture into a used slot takes, the best of three, on a slot that is given up again."""
         scratch = self.state.capture()
+        # Right after one another they find the data in the cache; between two steps it comes from memory.
         times = []
         for _ in range(3):
             started = time.perf_counter()
             self.state.capture(scratch)
             times.append(time.perf_counter() - started)
-        return min(times)
+        return max(min(times), self.state.bytes_per_slot() / _COPY_BYTES_PER_S)
 
-    def clear(self) -> None:
-        """Give all slots up, and lift what recovery has put in force."""
+    def clear(self, *, but: int | None = None) -> None:
+        """Give all slots up, ``but`` one, and lift what recovery has put in force."""
         for step in self.ring.steps():
-            self.ring.evict(step)
+            if step != but:
+                self.ring.evict(step)
         self.release()
 
     def freeze(self) -> None:
@@ -199,4 +207,8 @@ class Actuator:
         if not callable(getattr(self._model, "save_pretrained", None)):
             return None
         tokenizer = next((o for o in self._extras.values() if hasattr(o, "save_pretrained")), None)
-        return pretrained_saver(self._model, self.ring.slot(step).tree(), tokenizer)
+        try:
+            return pretrained_saver(self._model, self.ring.slot(step).tree(), tokenizer)
+        except SnapshotError:
+            # It can only save its live weights, which training is changing: the checkpoint goes without.
+            return None

@@ -104,17 +104,15 @@ class Watch:
         now = max(m.learning_rates, default=0.0)
         rate = now if ledger.rate == 0.0 else ledger.rate + _RATE_GAIN * (now - ledger.rate)
         if warm:
-            if any(i is not None for i in innovations):
-                new = list(tails)
-                for index, innovation in enumerate(innovations):
-                    if innovation is not None:
-                        tail, evidence = self._tails[index].step(tails[index], innovation)
-                        # One episode counts once: a shift that lasts must not raise the threshold at every step.
-                        if evidence is None or ledger.episode is None:
-                            new[index] = tail
-                        if evidence is not None:
-                            found.append(evidence)
-                tails = tuple(new)
+            for index, innovation in enumerate(innovations):
+                if innovation is None:
+                    continue
+                tail, evidence = self._tails[index].step(tails[index], innovation)
+                # One episode counts once: a shift that lasts must not raise the threshold at every step.
+                if tail is not tails[index] and (evidence is None or ledger.episode is None):
+                    tails = (*tails[:index], tail, *tails[index + 1 :])
+                if evidence is not None:
+                    found.append(evidence)
             excursion, evidence = self._excursion.step(excursion, _effective(m))
             if evidence is not None:
                 found.append(evidence)

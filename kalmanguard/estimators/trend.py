@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from kalmanguard.estimators.noise import CLIP, Scale, track
@@ -70,12 +71,20 @@ class TrendFilter:
             prior = Gaussian(value, 0.0, Covariance(1.0, 0.0, 0.01))
             return TrendState(prior, state.scale), Innovation(self.channel, 0.0, 1.0)
         ahead = predict(state.gaussian, 1.0, self._level_noise, self._slope_noise)
-        innovation = value - ahead.level
-        spread = (ahead.covariance.level + 1.0) ** 0.5
-        floor = max(self._floor, self._floor_frac * abs(ahead.level))
-        scale = max(state.scale.deviation * spread, floor)
+        level = ahead.level
+        innovation = value - level
+        spread = math.sqrt(ahead.covariance.level + 1.0)
+        floor = self._floor
+        if self._floor_frac:
+            floor = max(floor, self._floor_frac * abs(level))
+        scale = math.sqrt(state.scale.variance) * spread
+        if scale < floor:
+            scale = floor
+        limit = CLIP * scale
         # Before the scale is known there is nothing to clip by.
-        clipped = innovation if state.scale.seen < 3 else max(-CLIP * scale, min(CLIP * scale, innovation))
+        clipped = innovation
+        if state.scale.seen >= 3 and not -limit <= innovation <= limit:
+            clipped = math.copysign(limit, innovation)
         return (
             TrendState(update(ahead, clipped), track(state.scale, innovation / spread, self._memory)),
             Innovation(self.channel, innovation, scale if state.scale.seen else max(abs(innovation), floor)),

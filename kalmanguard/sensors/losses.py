@@ -50,7 +50,10 @@ def batch_size(batch: Any) -> int:
     ):
         if isinstance(item, Tensor) and item.ndim:
             return int(item.shape[0])
-    raise ConfigurationError("A batch of the probe loader holds no tensor with a batch dimension.")
+    raise ConfigurationError(
+        f"A batch of the probe loader, a {type(batch).__name__}, holds no tensor with a batch dimension; it must be "
+        "(inputs, target), a dict or a tensor, with the examples along the first dimension."
+    )
 
 
 def take(batch: Any, count: int, start: int = 0) -> Any:

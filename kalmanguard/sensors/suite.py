@@ -49,8 +49,9 @@ class SensorSuite:
         self._position: FloatArray | None = None
         self._length = 0.0
         self._tampered: tuple[str, ...] = ()
-        # Half a unit in the last place of the coarsest dtype, the error of one rounded addition.
-        self._epsilon = max((torch.finfo(p.dtype).eps / 2 for _, p in trained if _is_float(p)), default=0.0)
+        # Half a unit in the last place, the error of one addition: of the coarsest dtype, the sketch's own included.
+        dtypes = {torch.float32, *(p.dtype for _, p in trained if _is_float(p))}
+        self._epsilon = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
 
     def before_step(self) -> None:
         """Check integrity; called right before the first optimizer step since the last measurement."""
