@@ -134,10 +134,19 @@ class Engine:
         return EngineState(estimators, ledger, saved), decision
 
     def _arrivals(self, state: EngineState, m: Measurement) -> EngineState:
-        """Costs and objectives, which change what the following steps are judged by."""
+        """Costs, objectives and failures of the actuators, which change what the following steps are judged by."""
         estimators, ledger, saved = state
         if m.costs is not None:
             ledger = ledger._replace(cadence=cadence(self.settings, m.costs), capacity=max(2, m.costs.slots))
+        lost = -1
+        if m.snapshot_failed:
+            lost = ledger.last_snapshot
+        if m.outcome is not None and m.outcome.restored_step is None and m.outcome.error is not None:
+            # The state could not be restored: it is not counted on any more, and the harm is met again.
+            lost, ledger = ledger.target, ledger._replace(proposed=False)
+        if lost >= 0:
+            ledger = ledger._replace(slots=tuple(s for s in ledger.slots if s.step != lost))
+            saved = tuple(pair for pair in saved if pair[0] != lost)
         if m.objective != ledger.objective:
             ledger = restarted(ledger, m.objective)
             estimators = estimators._replace(probe=ProbeState(), loss=TrendState(), reference=None)

@@ -38,7 +38,7 @@ class Incidents:
         self.count += 1
         if self.first is None:
             self.first = text
-            warnings.warn(f"kalmanguard: {text}. Training goes on; supervision is degraded.", stacklevel=2)
+            warnings.warn(f"kalmanguard: {text.rstrip('.')}. Training goes on; supervision is degraded.", stacklevel=2)
         # When the journal itself is what failed, the warning has said so.
         with suppress(JournalError):
             self._journal.record("error", step, {"text": text})

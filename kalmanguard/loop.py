@@ -65,6 +65,7 @@ class Loop:
         self.events: deque[tuple[int, str]] = deque(maxlen=_EVENTS)
         self.timings = Timings()
         self._costs: Costs | None = None
+        self._snapshot_failed = False
         self._first_reading: ProbeReading | None = None
 
     @property
@@ -80,6 +81,9 @@ class Loop:
         measurement = self.suite.measure(
             self.step, loss_value(loss), costs=self._measured_costs(), objective=self.objective
         )
+        if self._snapshot_failed:
+            measurement = dataclasses.replace(measurement, snapshot_failed=True)
+            self._snapshot_failed = False
         foresight = self.engine.observe(self.state, measurement)
         reading = None
         if foresight.wants_probe:
@@ -105,7 +109,7 @@ class Loop:
             self._first_reading = self.read_probe()
             self._start(self._first_reading)
         except (Exception, SnapshotError) as fault:
-            self.incidents.report(self.step, f"the first probe failed: {type(fault).__name__}: {fault}", fault)
+            self.incidents.report(self.step, f"supervision could not begin: {type(fault).__name__}: {fault}", fault)
 
     def feed(self, measurement: Measurement) -> Decision:
         """Fold in a measurement that is no training step, and record it."""
@@ -165,10 +169,19 @@ class Loop:
         if orders.release:
             self.actuator.release()
         if orders.snapshot or orders.evict or orders.certify:
-            self.actuator.keep(orders, decision.step)
-            if orders.certified:
-                self.actuator.checkpoint(decision.step, clean=True)
+            self._keep(decision)
         return decision
+
+    def _keep(self, decision: Decision) -> None:
+        try:
+            self.actuator.keep(decision.orders, decision.step)
+            if decision.orders.certified:
+                self.actuator.checkpoint(decision.step, clean=True)
+        except Exception as fault:
+            # The engine must not count on a state that the ring does not hold.
+            self._snapshot_failed = decision.step not in self.actuator.ring.steps()
+            what = f"the snapshot of step {decision.step} failed: {type(fault).__name__}: {fault}"
+            self.incidents.report(self.step, what, fault)
 
     def _roll_back(self, first: Decision) -> Decision:
         """Restore, verify what was never probed, try older states while the engine asks for it; then recover."""
@@ -177,7 +190,10 @@ class Loop:
         decision, restored = first, None
         while decision.proposed in (Action.ROLLBACK, Action.HALT) and decision.orders.restore is not None:
             restored = decision.orders.restore
-            outcome = self.restore(restored, action=decision.proposed, rung=decision.orders.rung)
+            try:
+                outcome = self.restore(restored, action=decision.proposed, rung=decision.orders.rung)
+            except Exception as fault:
+                return self._not_restored(first, restored, decision.orders.rung, fault)
             certified = any(s.certified for s in self.state.ledger.slots if s.step == restored)
             check = outcome.action is Action.ROLLBACK and not certified
             probe = self.read_probe() if check else None
@@ -199,10 +215,27 @@ class Loop:
         self.actuator.thaw()
         failures = self.actuator.recover(final, clip_value=self.clip_value(), hold_steps=self.state.ledger.ladder.hold)
         if halted:
+            # Whoever trains on does so unsupervised, and with a learning rate of their own.
+            self.actuator.release()
             self.actuator.freeze()
         for failure in failures:
             self.incidents.report(self.step, f"a recovery action failed: {failure}")
         return final
+
+    def _not_restored(self, first: Decision, target: int, rung: int, fault: Exception) -> Decision:
+        """Nothing was restored: the engine gives that state up, and will ask for another one."""
+        what = f"the rollback to step {target} failed: {type(fault).__name__}: {fault}"
+        self.actuator.thaw()
+        self.suite.interrupt()
+        self.feed(
+            Measurement(
+                step=first.step,
+                outcome=Outcome(first.proposed, rung=rung, error=what),
+                objective=self.objective,
+            )
+        )
+        self.incidents.report(self.step, what, fault)
+        return dataclasses.replace(first, action=Action.ACCEPT)
 
     def _start(self, reading: ProbeReading) -> None:
         at = self._started_at

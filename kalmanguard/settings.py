@@ -51,7 +51,7 @@ class Settings(BaseModel):
     kalmanguard.errors.ConfigurationError: give_back = 2.0: input should be less than or equal to 1
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     mode: Literal["protect", "observe"] = Field("protect", description="act, or report only")
     strict: bool = Field(False, description="raise on a fault inside the guard instead of degrading")

@@ -141,7 +141,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("seed", -1, "greater than or equal to 0"),
     ("warmup_steps", 2, "greater than or equal to 5"),
     ("suspicion", 1.0, "greater than 1"),
-    ("suspicion", math.nan, "greater than 1"),
+    ("suspicion", math.nan, "finite number"),
     ("run_length", 0.5, "greater than 1"),
     ("give_back", 0.0, "greater than 0"),
     ("give_back", 1.5, "less than or equal to 1"),

@@ -243,6 +243,7 @@ def test_every_optimizer_is_watched_and_brought_back(name: str) -> None:
     assert decision.rolled_back
     assert decision.restored_step == 60
     assert run.everything() == kept
+    assert all(p.grad is None for p in run.model.parameters())  # of a backward pass that was given up
     later = run.go(30)
     assert all(d is not None and d.action is Action.ACCEPT for d in later)
     run.close()

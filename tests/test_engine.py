@@ -269,7 +269,7 @@ def test_rotating_the_sketch_and_scaling_gradients_change_no_decision() -> None:
 
 # -- theorems, with hypothesis as the adversary -----------------------------------------------------------------------
 
-adverse = st.floats(-5.0, 20.0) | st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0])
+adverse = st.floats(-5.0, 20.0) | st.floats(0.3, 1.2) | st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0])
 strange_steps = st.lists(
     st.fixed_dictionaries(
         {
@@ -503,6 +503,22 @@ def test_overfitting_does_not_excuse_a_training_loss_that_rises() -> None:
             assert m.loss is not None
             m = dataclasses.replace(m, loss=m.loss + 0.004 * (m.step - 200))
         flight.step(m)
+    assert any(d.proposed is Action.ROLLBACK for d in flight.decisions)
+
+
+@pytest.mark.parametrize("per_step", [0.001, 0.004, 0.02])
+def test_a_creep_that_no_single_probe_shows_ends_at_the_bound(per_step: float) -> None:
+    """Every probe is close to its prediction, so the innovation gate alone would let the loss climb without end."""
+    good = descent()
+    turn = good(200)
+    flight = Flight(from_step(200, lambda s: turn + per_step * (s - 200), good), protect=False)
+    for m in healthy(1500):
+        flight.step(dataclasses.replace(m, loss=None))
+    accepted = [d for d in flight.decisions if d.step > 100 and statistic(d, "accepted") == 1.0]
+    assert all(statistic(d, "y") <= statistic(d, "bound") for d in accepted)
+    highest = max(statistic(d, "y") for d in accepted if d.step > 200)
+    allowances = [statistic(d, "allowance") for d in accepted]
+    assert highest <= statistic(accepted[-1], "y_best") + max(allowances)
     assert any(d.proposed is Action.ROLLBACK for d in flight.decisions)
 
 

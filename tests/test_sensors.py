@@ -339,10 +339,10 @@ def tokens(n: int = 12) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("shift", [True, False])
 def test_a_models_own_loss_is_taken_apart_by_example(shift: bool) -> None:
-    model, batch = Causal(shift=shift), tokens()
+    model, batch = Causal(shift=shift), tokens(40)
     found = Probe(model, [batch]).read().losses
     with torch.no_grad():
-        each = [float(model(**{k: v[i : i + 1] for k, v in batch.items()}).loss) for i in range(12)]
+        each = [float(model(**{k: v[i : i + 1] for k, v in batch.items()}).loss) for i in range(40)]
     np.testing.assert_allclose(found, each, rtol=1e-5)
 
 

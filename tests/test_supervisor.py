@@ -484,8 +484,10 @@ def test_what_follows_a_rollback_is_what_followed_the_snapshot(runs: list[Run]) 
     after = run.weights()
     run.supervisor.rollback(40)
     run.count = 40
-    run.go(10)
+    decisions = run.go(10)
     assert run.weights() == after
+    # The way back is nobody's update: no sensor takes it for one.
+    assert not any(e.fired for d in decisions for e in d.evidence)
 
 
 def test_a_rollback_to_what_is_not_there_lists_what_is(runs: list[Run]) -> None:
@@ -791,6 +793,60 @@ def test_a_sensor_that_raises_never_stops_training_and_is_warned_about_once(runs
     again = run.go(30)
     assert again[-1].level is Level.NOMINAL
     assert run.held_out_loss() < 1.5
+
+
+class Unreliable(Average):
+    """A registered object whose state cannot always be had."""
+
+    broken = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.broken:
+            raise RuntimeError("not now")
+        return super().state_dict()
+
+
+def test_a_snapshot_that_failed_is_not_counted_on(runs: list[Run]) -> None:
+    run = Run()
+    runs.append(run)
+    unreliable = Unreliable(run.model)
+    run.supervisor.register("unreliable", unreliable)
+    run.go(60)
+    unreliable.broken = True
+    with pytest.warns(UserWarning, match="not now") as caught:
+        run.go(24)
+    assert len(caught) == 1
+    unreliable.broken = False
+    ledger = {s["step"] for s in run.supervisor.statistics()["snapshots"]}
+    assert ledger == set(run.supervisor._loop.actuator.ring.steps())
+    decision = ruin(run)
+    assert decision.restored_step is not None
+    assert decision.restored_step <= 60
+
+
+class Reluctant(Average):
+    """A registered object that refuses to be restored, once."""
+
+    refuses = False
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.refuses:
+            self.refuses = False
+            raise RuntimeError("not this time")
+        super().load_state_dict(state)
+
+
+def test_a_rollback_that_failed_is_tried_again(runs: list[Run]) -> None:
+    run = Run()
+    runs.append(run)
+    reluctant = Reluctant(run.model)
+    run.supervisor.register("reluctant", reluctant)
+    run.go(60)
+    reluctant.refuses = True
+    with pytest.warns(UserWarning, match="not this time"):
+        decisions = [run.step(after=nan_weight), *run.go(20)]
+    assert any(d.rolled_back for d in decisions)
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
 def test_strict_supervision_raises_what_went_wrong() -> None:

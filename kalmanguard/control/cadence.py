@@ -36,7 +36,7 @@ def cadence(settings: Settings, costs: Costs | None) -> Cadence:
     Cadence(probe_every=41, snapshot_every=20)
     """
     if costs is None:
-        probe_every, snapshot_every = 10, 10
+        probe_every, snapshot_every = 11, 10
     else:
         step_s = max(costs.step_s, 1e-9)
         share = settings.budget / 2.0

@@ -57,6 +57,7 @@ class Ledger(NamedTuple):
     episode: Episode | None = None
     declined: bool = False
     proposed: bool = False
+    target: int = -1
     slots: tuple[Slot, ...] = ()
     tails: tuple[TailState, ...] = (TailState(),) * len(CHANNELS)
     drift: DriftState = DriftState()

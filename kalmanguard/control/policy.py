@@ -65,7 +65,9 @@ class Policy:
         if verdict.harm:
             return verdict.harm
         if not m.parameters_finite:
-            return "a parameter is not finite"
+            # Only an observing supervisor lets such a gradient through; a protecting one drops it, and needs no more.
+            observed = m.veto == "nonfinite" and self._settings.mode == "observe"
+            return "" if observed else "a parameter is not finite"
         if not ledger.warm:
             return self._stuck(ledger, m)
         if OVERWRITE in m.tampered and any(item.detector in ("gain", "trajectory") for item in evidence):
@@ -152,7 +154,7 @@ class Policy:
             certificate=status(ledger), statistics=statistics,
             orders=Orders(restore=target, rung=rung or 0, evict=_gone(ledger.slots, kept)),
         )  # fmt: skip
-        return Ruling(ledger._replace(proposed=True, slots=kept), decision)
+        return Ruling(ledger._replace(proposed=True, target=-1 if target is None else target, slots=kept), decision)
 
     # -- acceptance ----------------------------------------------------------------------------------------------
 
@@ -223,8 +225,8 @@ class Policy:
             or (verdict.envelope is not None and not verdict.accepted)
         ):
             return False
-        if m.outcome is not None:
-            return True  # the user asked for it
+        if m.outcome is not None and m.outcome.manual:
+            return True
         if ledger.episode is not None and m.step > 0:
             return False
         every = (ledger.cadence or cadence(self._settings, None)).snapshot_every

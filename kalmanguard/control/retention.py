@@ -51,10 +51,12 @@ def to_evict(slots: Iterable[Slot], now: int, capacity: int, *, certified: bool)
 
 def _least_useful(slots: list[Slot], now: int) -> Slot:
     settled = [s for s in slots if s.certified]
-    if len(settled) <= 2:
-        waiting = [s for s in slots if not s.certified]
-        return waiting[0] if waiting else settled[0]
+    waiting = [s for s in slots if not s.certified]
+    if len(settled) <= 2 and waiting:
+        return waiting[0]
     best = min(settled, key=lambda s: s.level)
+    if len(settled) <= 2:
+        return next((s for s in settled if s is not best), best)
     ages = [math.log(now - s.step + 1.0) for s in settled]
     inner = [(ages[i - 1] - ages[i + 1], i) for i in range(1, len(settled) - 1) if settled[i].step != best.step]
     if not inner:

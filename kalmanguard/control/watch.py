@@ -26,7 +26,7 @@ _EXCURSION_PROBES = 4
 #: Steps between probes of a run that has been restored, and of one on probation after that.
 _RECOVERING_PROBES = 8
 _PROBATION_PROBES = 16
-_WARMUP_PROBES = 10
+_WARMUP_PROBES = 11
 #: Edits of parameters between steps after which they count as the user's habit.
 _HABIT = 3
 

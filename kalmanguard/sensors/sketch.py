@@ -45,7 +45,8 @@ class Sketch:
     Cost: one pass over the parameters, about twice ``torch._foreach_norm`` on a CPU core; memory 2 MiB for the pool
     plus eight bytes for every element of parameters smaller than 32,768 elements. Chunks of 128 are summed pairwise in
     float32 (float64 in models of up to 16,384 parameters), buckets in float64, so a difference of two sketches resolves
-    updates of 1e-5 of a weight. Measured accuracy of the norm: see ``docs/benchmarks.md``.
+    updates of 1e-5 of a weight. Measured accuracy of the norm: see ``docs/benchmarks.md``; an update that is confined
+    to one row of one matrix falls into a few buckets only, and its norm is then known to a factor of 2.
 
     References
     ----------

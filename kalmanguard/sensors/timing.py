@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 #: Fewest examples that a probe is cut down to, and the interval in steps that its size is fitted to.
 _SMALLEST_PROBE, _PROBE_INTERVAL = 32, 100
+#: A sketch that is rarer than this shows a jump too late; one that costs a quarter more than its share may.
+_LONGEST_STRIDE, _TOLERANCE = 4, 1.25
 _KEPT = 64
 
 
@@ -43,7 +45,7 @@ class Timings:
         return statistics.median(self.probes_s)
 
     def fit(self, *, probe_examples: int, sketch_s: float, budget: float) -> Fit:
-        """Cut a probe down, and sketch at every other step only, where they would cost more than half the budget.
+        """Cut a probe down, and sketch at every second or fourth step only, where they cost more than half the budget.
 
         Examples
         --------
@@ -55,4 +57,7 @@ class Timings:
         step_s, share = self.step_s(), budget / 2.0
         allowed = int(probe_examples * _PROBE_INTERVAL * share * step_s / min(self.probes_s))
         smallest = min(_SMALLEST_PROBE, probe_examples)
-        return Fit(max(smallest, min(probe_examples, allowed)), 1 if sketch_s <= share * step_s else 2)
+        stride = 1
+        while sketch_s / stride > _TOLERANCE * share * step_s and stride < _LONGEST_STRIDE:
+            stride *= 2
+        return Fit(max(smallest, min(probe_examples, allowed)), stride)
