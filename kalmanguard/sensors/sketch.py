@@ -43,8 +43,8 @@ class Sketch:
     Notes
     -----
     Cost: one pass over the parameters, about twice ``torch._foreach_norm`` on a CPU core; memory 2 MiB for the pool
-    plus eight bytes for every element of parameters smaller than 32,768 elements. Chunks of 128 are summed pairwise in
-    float32 (float64 in models of up to 16,384 parameters), buckets in float64, so a difference of two sketches resolves
+    plus sixteen bytes for every element of parameters smaller than 32,768 elements. Those are summed in float64; of
+    larger ones, chunks of 128 are summed in float32 and the chunks in float64, so a difference of two sketches resolves
     updates of 1e-5 of a weight. Measured accuracy of the norm: see ``docs/benchmarks.md``; an update that is confined
     to one row of one matrix falls into a few buckets only, and its norm is then known to a factor of 2.
 
@@ -132,10 +132,8 @@ class Sketch:
             flat_signs.append(padded)
             rows += count
             self._place(index, count, buckets, signs)
-        # Double precision costs nothing while everything fits the first cache levels.
-        exact = torch.float64 if rows * c <= _SMALL // 2 else torch.float32
-        self._flat = torch.zeros(rows, c, dtype=exact, device=device)
-        self._flat_signs = (torch.cat(flat_signs) if flat_signs else pool[:0]).view(rows, c).to(exact)
+        self._flat = torch.zeros(rows, c, dtype=torch.float64, device=device)
+        self._flat_signs = (torch.cat(flat_signs) if flat_signs else pool[:0]).view(rows, c).to(torch.float64)
         base = self._flat.view(-1)
         self._small_views = [
             base[at * c : at * c + n].view(p.shape) for (at, n), p in zip(small_at, self._small, strict=True)
