@@ -40,8 +40,8 @@ _FORGETTING = 0.95
 class ProbeFilter:
     """Kalman filter for ``l <- l - c * path``, with the path that the *trajectory filter predicted*.
 
-    The clock is the path travelled, in units of the usual distance between probes, so schedules, warm-up and decay
-    cause no innovations and irregular probe times need no special case. The observed path is never used: a jump must
+    The clock is the path travelled, in units of the usual distance between probes, so irregular probe times need no
+    special case. The observed path is never used: a jump must
     not excuse the damage that it does.
 
     Notes
