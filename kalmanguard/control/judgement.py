@@ -17,8 +17,8 @@ from kalmanguard.settings import Settings
 _PROBE_GATE = 6.0
 #: Steps after the last suspicion during which nothing is certified.
 _QUIET = 5
-#: Shares of the give-back that count as harm when a drift alarm, or an innovation that lasts, stands behind it.
-_DRIFTED_SHARE = 0.25
+#: Shares of the give-back that count as harm if it lasts: when its cause is known to last, and when there is one.
+_LASTING_SHARE = 0.25
 _EXPLAINED_SHARE = 0.5
 #: The same for a run that has just been restored.
 _RECOVERING_SHARE = 0.125
@@ -71,7 +71,7 @@ class Judge:
         self, e: Estimators, ledger: Ledger, m: Measurement, probe: ProbeReading
     ) -> tuple[Estimators, Ledger, Verdict]:
         """Judge one probe, and learn from it."""
-        y = probe.mean
+        y, elapsed = probe.mean, max(m.step - ledger.last_probe, 1)
         ledger = ledger._replace(probes=ledger.probes + 1, last_probe=m.step)
         if not math.isfinite(y):
             harm = "the held-out loss is not finite"
@@ -81,9 +81,9 @@ class Judge:
             e = e._replace(probe=self._probe.update(e.probe, y, 0.0), reference=probe.losses)
             return e, ledger, Verdict(y=y, level=y, accepted=True, envelope=self._line(ledger))
         floor = max(ledger.standard_error, 1e-4 * abs(ledger.best), 1e-12)
-        verdict = self._measure(e, ledger, probe, floor)
+        verdict = self._measure(e, ledger, m, probe, floor)
         if verdict.strained:
-            ledger, verdict = self._weigh(ledger, m, verdict)
+            ledger, verdict = self._weigh(ledger, m, verdict, elapsed)
         if ledger.mode is Mode.RECOVERING and not self.is_back(ledger, y):
             ledger, verdict = self._expect_return(ledger, m, verdict)
         ledger = ledger._replace(last_y=y)
@@ -104,17 +104,21 @@ class Judge:
     def _line(self, ledger: Ledger, share: float = 1.0) -> Envelope:
         return self._rule.of(ledger.start, ledger.best, ledger.standard_error, share=share)
 
-    def _measure(self, e: Estimators, ledger: Ledger, probe: ProbeReading, floor: float) -> Verdict:
+    def _measure(self, e: Estimators, ledger: Ledger, m: Measurement, probe: ProbeReading, floor: float) -> Verdict:
         """Hold a probe against the envelope, its prediction, and the inner lines."""
         y, envelope = probe.mean, self._line(ledger)
         prediction = self._probe.predict(e.probe, floor)
         bound, line = envelope.bound, envelope.bound
-        if ledger.mode is Mode.RECOVERING:
-            # A restored run must show that it no longer degrades, so it is held closer.
+        if ledger.ladder.score:
+            # A restored run must show that it no longer degrades, also once its learning rate is back: it is held
+            # closer until the ladder is settled.
             closer = self._line(ledger, _RECOVERING_SHARE).allowance
             bound = min(bound, max(ledger.ladder.level, ledger.best) + closer)
-        if ledger.episode is not None and ledger.episode.explained:
-            line = self._line(ledger, _DRIFTED_SHARE if ledger.episode.drifted else _EXPLAINED_SHARE).bound
+        episode = ledger.episode
+        if self._lasts(ledger) or (episode is not None and episode.explained and episode.last == m.step):
+            line = self._line(ledger, _LASTING_SHARE).bound
+        elif episode is not None and episode.explained:
+            line = self._line(ledger, _EXPLAINED_SHARE).bound
         broken = ledger.warm and y > bound
         gated = ledger.warm and prediction is not None and prediction.ready and _beyond(y, prediction)
         evidence: list[Evidence] = []
@@ -156,16 +160,28 @@ class Judge:
         )
         return ledger, verdict._replace(harm=harm)
 
-    def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> tuple[Ledger, Verdict]:
-        """A broken envelope: harm to be undone, a spike that heals by itself, or overfitting?
+    def _lasts(self, ledger: Ledger) -> bool:
+        """Whether what is suspected will not go away by itself: a drift, a raised learning rate, or a steady climb."""
+        episode = ledger.episode
+        if ledger.excursion.fired_at > 1.0:
+            return True
+        return episode is not None and (
+            episode.drifted or (episode.explained and episode.rising >= self._settings.patience)
+        )
 
-        Severe harm that an innovation explains is undone at once. Moderate harm is given time: it is confirmed when it
-        grows, or when it has not fallen by a third over probes at doubling distances. Without any innovation to explain
-        it, it is given four times as long, since healthy training has such spikes and recovers from them. With one,
-        half of the bound counts as harm if it lasts, and a quarter when the training loss has drifted as well.
+    def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict, elapsed: int) -> tuple[Ledger, Verdict]:
+        """Above the inner line: harm to be undone, a spike that heals by itself, or overfitting?
+
+        Severe harm that an innovation explains is undone at once, and so is harm that is about to leave the envelope
+        while the innovations go on, or has left it under a learning rate that was never certified. Moderate harm is
+        given time: it is confirmed when it grows, or when it has not fallen by a third over probes at doubling
+        distances. Without any innovation to explain it, it is given four times as long, since healthy training has such
+        spikes and recovers from them. With one, half of the bound counts as harm if it lasts, and a quarter while its
+        cause lasts as well.
         """
         assert verdict.envelope is not None
-        episode = ledger.episode or Episode(max(ledger.last_accepted + 1, 1), m.step, explained=False)
+        raised = ledger.excursion.fired_at > 1.0
+        episode = ledger.episode or Episode(max(ledger.last_accepted + 1, 1), m.step, explained=raised)
         excess = verdict.y - verdict.envelope.best
         previous = episode.excess
         episode = episode._replace(
@@ -186,12 +202,16 @@ class Judge:
                 overfitting=True, evidence=(*verdict.evidence, advice)
             )
         patience = self._settings.patience
-        if give_back > max(0.5, 2.5 * self._settings.give_back):
+        if verdict.broken and ledger.excursion.fired_at > 1.0:
+            confirmed = True
+        elif give_back > max(0.5, 2.5 * self._settings.give_back):
             confirmed = episode.explained or (episode.broken >= 2 and excess > 0.8 * previous)
+        elif episode.explained and episode.last == m.step and self._leaves(verdict, episode, elapsed):
+            confirmed = True
         elif not verdict.broken:
-            last = 2 if episode.drifted else patience + 2
+            last = 2 if self._lasts(ledger) else patience + 2
             confirmed = episode.broken >= last and excess > 0.67 * episode.worst
-        elif ledger.mode is Mode.RECOVERING:
+        elif ledger.ladder.score:
             confirmed = episode.broken >= patience + 2 or episode.rising + (verdict.y > episode.y) > patience
         else:
             climbing = episode.rising + (verdict.y > episode.y) >= patience
@@ -205,6 +225,12 @@ class Judge:
             f"{verdict.bound:.4g}) and {100 * min(give_back, 99.99):.0f} % of the progress is lost"
         )
         return ledger, verdict._replace(harm=harm)
+
+    @staticmethod
+    def _leaves(verdict: Verdict, episode: Episode, elapsed: int) -> bool:
+        """Whether the next step leaves the envelope if harm goes on to double, as it does while momentum builds up."""
+        assert verdict.envelope is not None
+        return verdict.y + 2.0 * (verdict.y - episode.y) / elapsed > verdict.envelope.bound
 
     def is_back(self, ledger: Ledger, y: float) -> bool:
         """Whether a restored run is where it was restored to, or better, within the probe's noise."""

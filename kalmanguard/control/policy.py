@@ -9,7 +9,7 @@ from kalmanguard.control.cadence import cadence
 from kalmanguard.control.judgement import Judge, Verdict
 from kalmanguard.control.ladder import Ladder
 from kalmanguard.control.ledger import Ledger
-from kalmanguard.control.retention import Slot, to_evict
+from kalmanguard.control.retention import SMALL_RING, Slot, to_evict
 from kalmanguard.detectors.certain import certain, edits
 from kalmanguard.detectors.excursion import RATIO, LearningRateExcursion
 from kalmanguard.records import (
@@ -145,7 +145,9 @@ class Policy:
             )
         # States from after the onset are not trusted, whatever their probes said; nor are newer unprobed ones.
         kept = tuple(
-            s for s in slots if s.step == target or (s.step < onset and (s.certified or s.step < (target or 0)))
+            s
+            for s in slots
+            if s.step == target or (s.certified and s.step <= onset) or s.step < min(onset, target or 0)
         )
         action = Action.HALT if rung is None else Action.ROLLBACK
         decision = Decision(
@@ -192,7 +194,8 @@ class Policy:
             kept = ledger.slots
             gone = to_evict(kept, m.step, ledger.capacity, certified=verdict.accepted)
             evict = (*gone, *(s.step for s in kept if s.step == m.step))
-            slot = Slot(m.step, verdict.accepted, verdict.level if verdict.accepted else math.inf)
+            level = verdict.level if verdict.accepted else math.inf
+            slot = Slot(m.step, verdict.accepted, level, suspect=ledger.episode is not None and m.step > 0)
             ledger = ledger._replace(slots=(*(s for s in kept if s.step not in evict), slot), last_snapshot=m.step)
         gate = settings.gate_ratio * largest_gradient if ledger.warm and largest_gradient > 0 else math.inf
         level = _level(ledger, m, verdict, evidence)
@@ -228,7 +231,14 @@ class Policy:
         if m.outcome is not None and m.outcome.manual:
             return True
         if ledger.episode is not None and m.step > 0:
-            return False
+            # The first step of a suspicion, if it is clearly the best so far: where a halt would want to go back to.
+            return (
+                m.step == ledger.episode.onset
+                and verdict.accepted
+                and verdict.envelope is not None
+                and verdict.level < verdict.envelope.best - verdict.envelope.standard_error
+                and ledger.capacity > SMALL_RING
+            )
         every = (ledger.cadence or cadence(self._settings, None)).snapshot_every
         # A probed state is worth more than the candidates since the last one, whatever their cadence.
         newest = max((s.step for s in ledger.slots if s.certified), default=-every)
@@ -259,7 +269,7 @@ def _target(slots: tuple[Slot, ...], onset: int, rung: int | None, y: float) -> 
     if rung is None:
         return min(certified, key=lambda s: s.level).step if certified else (slots[0].step if slots else None)
     better = [s for s in slots if not s.certified or not math.isfinite(y) or s.level < y]
-    eligible = [s for s in better if s.step < onset and (rung == 0 or s.certified)]
+    eligible = [s for s in better if s.step < onset and not s.suspect and (rung == 0 or s.certified)]
     if eligible:
         return eligible[max(0, len(eligible) - 1 - rung)].step
     fallback = min((s for s in better if s.certified), key=lambda s: s.level, default=None)

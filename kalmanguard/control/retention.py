@@ -8,17 +8,23 @@ from typing import NamedTuple
 
 #: Uncertified states that may wait in the ring for a probe.
 CANDIDATES = 2
-_SMALL_RING = 4
+#: A ring so small that a certified capture supersedes the candidates.
+SMALL_RING = 4
 #: States that a ring holds at most: more would only be older ones of the same ages.
 MOST_SLOTS = 8
 
 
 class Slot(NamedTuple):
-    """One state in the ring: its step, whether a probe has certified it, and the filtered probe level there."""
+    """One state in the ring: its step, whether a probe has certified it, and the filtered probe level there.
+
+    ``suspect``: captured in the first step of a suspicion. Its held-out loss is good, but what caused the suspicion may
+    be in its moments, so it is for a halt, and otherwise the last resort.
+    """
 
     step: int
     certified: bool
     level: float
+    suspect: bool = False
 
 
 def to_evict(slots: Iterable[Slot], now: int, capacity: int, *, certified: bool) -> tuple[int, ...]:
@@ -37,7 +43,7 @@ def to_evict(slots: Iterable[Slot], now: int, capacity: int, *, certified: bool)
     gone: list[int] = []
     candidates = [s for s in kept if not s.certified]
     # A candidate may lie before an onset that a later, certified state lies behind: where there is room, it is kept.
-    room = 0 if certified and capacity <= _SMALL_RING else CANDIDATES - (not certified)
+    room = 0 if certified and capacity <= SMALL_RING else CANDIDATES - (not certified)
     surplus = candidates[: max(0, len(candidates) - room)]
     for slot in surplus:
         kept.remove(slot)

@@ -32,7 +32,7 @@ class Innovations(NamedTuple):
     """What one measurement held that was not predicted; ``None`` where a channel saw nothing.
 
     ``gain`` is the log of the update's length per unit of learning rate. ``nis`` and ``rank`` are those of the
-    trajectory, ``speed`` its predicted path length, in the unit of the sketch.
+    trajectory, ``speed`` the path length that it predicted for this step, in the unit of the sketch.
     """
 
     loss: Innovation | None = None
@@ -84,16 +84,19 @@ class EstimatorBank:
                 largest = max(largest, self._gate_ratio * largest)
         if m.buffer_norm is not None and 0.0 < m.buffer_norm < math.inf:
             buffer_state, buffers = self._buffers.step(buffer_state, math.log(m.buffer_norm))
-        trajectory_state, nis, rank, speed = e.trajectory, math.nan, math.nan, 0.0
+        trajectory_state, nis, rank = e.trajectory, math.nan, math.nan
         rate = max(m.learning_rates, default=0.0) * m.lr_factor
-        if m.velocity is not None and m.parameters_finite and m.veto in (None, "clipped"):
+        applied = m.veto in (None, "clipped")
+        # Every step counts alike, also those that the sketch leaves out.
+        speed = rate * trajectory_state.length if applied else 0.0
+        if m.velocity is not None and m.parameters_finite and applied:
             length = math.sqrt(float(m.velocity.dot(m.velocity)))
             # Below the rounding floor the velocity is arithmetic noise of the parameters' dtype: abstain.
             if length > m.rounding_floor and rate > 0:
                 gain_state, gain = self._gain.step(gain_state, math.log(length / rate))
                 trajectory_state, innovation = self._trajectory.step(trajectory_state, m.velocity, rate)
                 if innovation is not None:
-                    nis, rank, speed = innovation.nis, innovation.rank, innovation.speed
+                    nis, rank = innovation.nis, innovation.rank
                     moved = Innovation("trajectory", innovation.normalised, 1.0)
         probe = self._probe.travel(e.probe, speed)
         return (

@@ -2,8 +2,10 @@
 
 ::
 
-    level' = level + dt * slope,   slope' = slope        F = [[1, dt], [0, 1]]
-    z      = level + noise                               H = [1, 0]
+    level' = level + reach * slope,   slope' = decay * slope        F = [[1, reach], [0, decay]]
+    z      = level + noise                                          H = [1, 0]
+
+A plain trend has ``reach = dt`` and ``decay = 1``.
 
 All variances are in units of the measurement noise variance, which `noise` tracks separately: the gains then depend
 on the noise *ratios* alone, and k coordinates with equal ratios share one covariance.
@@ -34,16 +36,18 @@ class Gaussian(NamedTuple, Generic[X]):
     covariance: Covariance
 
 
-def predict(state: Gaussian[X], dt: float, level_noise: float, slope_noise: float) -> Gaussian[X]:
-    """Time update over ``dt`` with process noise variances for the level and the slope (already scaled by dt)."""
+def predict(
+    state: Gaussian[X], reach: float, level_noise: float, slope_noise: float, *, decay: float = 1.0
+) -> Gaussian[X]:
+    """Time update with process noise variances for the level and the slope (already scaled by the time that passes)."""
     p = state.covariance
     return Gaussian(
-        state.level + dt * state.slope,
-        state.slope,
+        state.level + reach * state.slope,
+        decay * state.slope,
         Covariance(
-            p.level + dt * (2.0 * p.cross + dt * p.slope) + level_noise,
-            p.cross + dt * p.slope,
-            p.slope + slope_noise,
+            p.level + reach * (2.0 * p.cross + reach * p.slope) + level_noise,
+            decay * (p.cross + reach * p.slope),
+            decay * decay * p.slope + slope_noise,
         ),
     )
 

@@ -16,26 +16,29 @@ _MEMORY = 100
 
 
 class TrajectoryState(NamedTuple):
-    """Mean update per unit of learning rate, its shared variance, and the moments of the innovation energy."""
+    """Mean update per unit of learning rate, its shared variance, and the moments of the innovation energy.
+
+    ``length`` is how long the next update is expected to be per unit of learning rate, 0 while that is not known.
+    """
 
     direction: FloatArray | None = None
     variance: float = 1.0
     energy: float = 0.0
     energy_square: float = 0.0
     seen: int = 0
+    length: float = 0.0
 
 
 class TrajectoryInnovation(NamedTuple):
     """What one observed velocity held that the filter did not predict.
 
     ``nis`` is the innovation energy over its expectation, ``rank`` the effective number of coordinates among which it
-    is spread, ``normalised`` the cube-root (Wilson-Hilferty) normal score, ``speed`` the *predicted* path length.
+    is spread, ``normalised`` the cube-root (Wilson-Hilferty) normal score.
     """
 
     nis: float
     rank: float
     normalised: float
-    speed: float
 
 
 class TrajectoryFilter:
@@ -78,19 +81,24 @@ class TrajectoryFilter:
             rank = self.rank(state, len(velocity))
             nis = q / state.energy
             score = (nis ** (1.0 / 3.0) - (1.0 - 2.0 / (9.0 * rank))) / math.sqrt(2.0 / (9.0 * rank))
-            result = TrajectoryInnovation(nis, rank, score, rate * math.sqrt(self._path(state)))
+            result = TrajectoryInnovation(nis, rank, score)
             # The energy's own 3-sigma point; an outlier counts as that much and no more.
             clipped = min(q, state.energy * (1.0 + CLIP * math.sqrt(2.0 / rank)))
             if q > clipped:
                 innovation = innovation * math.sqrt(clipped / q)
         weight = max(1.0 / _MEMORY, 1.0 / n)
+        direction = state.direction + gain * innovation
+        energy = state.energy + weight * (clipped - state.energy)
+        # Expected squared length of the next update: that of the mean direction, and of the noise about it.
+        length = math.sqrt(float(np.dot(direction, direction)) + energy) if n >= 5 else 0.0
         return (
             TrajectoryState(
-                state.direction + gain * innovation,
+                direction,
                 (1.0 - gain) * ahead,
-                state.energy + weight * (clipped - state.energy),
+                energy,
                 state.energy_square + weight * (clipped * clipped - state.energy_square),
                 n,
+                length,
             ),
             result,
         )
@@ -102,9 +110,3 @@ class TrajectoryFilter:
         if spread <= 0:
             return float(size)
         return min(float(size), max(1.0, 2.0 * state.energy * state.energy / spread))
-
-    @staticmethod
-    def _path(state: TrajectoryState) -> float:
-        # Expected squared length of the next step per unit of learning rate: mean direction plus noise.
-        assert state.direction is not None
-        return float(np.dot(state.direction, state.direction)) + state.energy
