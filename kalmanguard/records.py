@@ -126,7 +126,8 @@ class Measurement:
         Whether the sketch (hence every parameter) is finite.
     tampered
         What changed between two optimizer steps without the optimizer: ``"parameters"``, ``"moments"``, with
-        ``"silent "`` before it when no counter of torch shows a write; `OVERWRITE` when a step replaced the parameters.
+        ``"silent "`` before it when no counter of torch shows a write; `OVERWRITE` when the parameters moved by more
+        than ten times their norm.
     probe
         Held-out losses at this state, when a probe was taken.
     outcome

@@ -635,16 +635,17 @@ def test_a_parameter_that_is_not_finite_is_a_status_and_no_velocity(taps: list[O
     assert measured.velocity is None
 
 
-def test_weights_that_are_overwritten_in_a_step_are_seen(taps: list[OptimizerTap]) -> None:
+@pytest.mark.parametrize(("factor", "seen"), [(-30.0, True), (-3.0, False)])
+def test_weights_that_are_overwritten_in_a_step_are_seen(taps: list[OptimizerTap], factor: float, seen: bool) -> None:
     model = network()
     flight = Suited(model, torch.optim.SGD(model.parameters(), lr=0.1))
     taps.append(flight.tap)
     flight.step()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(-3.0)
+            p.mul_(factor)
     measured = flight.step()
-    assert OVERWRITE in measured.tampered
+    assert (OVERWRITE in measured.tampered) == seen
     assert "parameters" in measured.tampered
 
 

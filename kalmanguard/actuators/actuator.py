@@ -108,11 +108,11 @@ class Actuator:
     def restore(self, step: int, *, action: Action, rung: int, manual: bool = False) -> Outcome:
         """Restore a ring slot and show that it is the captured state, bit for bit.
 
-        The random streams are rewound on the mildest rung only: higher ones must draw other batches and masks, or
-        they would walk into the same trouble again.
+        What feeds training goes on together: data, schedule and random streams are rewound all, to run the steps again,
+        or not at all. A restore by hand rewinds the random streams, for it is the captured state that is asked for.
         """
         replay = self._settings.replay
-        scope = {"rng": rung == 0 or replay, "schedule": replay, "data": replay}
+        scope = {"rng": replay or manual, "schedule": replay, "data": replay}
         self.ring.restore(step, **scope)
         for optimizer in self._tap.optimizers:
             # What is left of the last backward pass belongs to the state that was given up.

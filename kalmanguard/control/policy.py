@@ -71,7 +71,7 @@ class Policy:
         if not ledger.warm:
             return self._stuck(ledger, m)
         if OVERWRITE in m.tampered and any(item.detector in ("gain", "trajectory") for item in evidence):
-            return "one step has changed the parameters by as much as their whole norm"
+            return "one step has moved the parameters by more than ten times their whole norm"
         changed = edits(m)
         if changed and all(t.startswith("silent") for t in changed) and ledger.tampered <= 1:
             return f"{' and '.join(t.removeprefix('silent ') for t in changed)} changed without an optimizer step"

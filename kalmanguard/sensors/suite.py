@@ -15,6 +15,10 @@ from kalmanguard.sensors.integrity import IntegritySensor
 from kalmanguard.sensors.optimizer import OptimizerTap, total_norm
 from kalmanguard.sensors.sketch import Sketch
 
+#: Times their own norm that the parameters move in one step only when they are overwritten: a weight with a flipped
+#: exponent bit does, a model whose weights are loaded or drawn anew does not.
+_OVERWRITE = 10.0
+
 
 class SensorSuite:
     """Sketch, buffers, gradient, learning rates and integrity of one step.
@@ -64,14 +68,14 @@ class SensorSuite:
             position = self._sketch()
             velocity = None if self._position is None else position - self._position
             self._position = position
-            length = float(np.dot(position, position))
-            self._length = length
+            before, self._length = self._length, float(np.dot(position, position))
+            length = self._length
         else:
-            velocity, length = None, self._length
+            velocity, before, length = None, 0.0, self._length
         finite = math.isfinite(length)
         tap, tampered = self._tap, self._tampered
         self._tampered = ()
-        if finite and velocity is not None and float(np.dot(velocity, velocity)) > 0.8 * length:
+        if finite and velocity is not None and float(np.dot(velocity, velocity)) > _OVERWRITE**2 * before > 0:
             tampered = (*tampered, OVERWRITE)
         self._integrity.remember(tap.optimizers)
         measurement = Measurement(
