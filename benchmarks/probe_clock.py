@@ -95,12 +95,11 @@ def record(recipe: str, seed: int) -> dict[str, Any]:
         if plant.scheduler is not None:
             plant.scheduler.step()
         present = sketch()
-        innovation = None
+        speeds.append(rate * state.length)
         if rate > 0:
-            state, innovation = trajectory.step(state, present - position, rate)
+            state, _ = trajectory.step(state, present - position, rate)
         position = present
         losses.append(probe.read().losses)
-        speeds.append(innovation.speed if innovation is not None else 0.0)
     return {"losses": np.array(losses), "speeds": speeds}
 
 

@@ -130,17 +130,22 @@ class Training:
     def go(self, steps: int) -> list[Decision | None]:
         return [self.step(x, y) for x, y in batches(steps, self.recipe.shape, first=self.count)]
 
-    def everything(self) -> list[Any]:
-        """Every bit that decides how the run goes on."""
+    def everything(self, *, streams: bool = True) -> list[Any]:
+        """Every bit that decides how the run goes on; random ``streams`` included, unless they are left out."""
         found: list[Any] = [v.detach().numpy().tobytes() for v in self.model.state_dict().values()]
         for p in self.model.parameters():
             state = self.optimizer.state.get(p, {})
             found.append({k: v.numpy().tobytes() if isinstance(v, Tensor) else v for k, v in state.items()})
-        found += [torch.get_rng_state().numpy().tobytes(), random.getstate()]
-        found += [repr(part) for part in np.random.get_state()]
+        if streams:
+            found += self.streams()
         found += [group["lr"] for group in self.optimizer.param_groups]
         found += [module.training for module in self.model.modules()]
         return found
+
+    @staticmethod
+    def streams() -> list[Any]:
+        numpy_state = [repr(part) for part in np.random.get_state()]
+        return [torch.get_rng_state().numpy().tobytes(), random.getstate(), *numpy_state]
 
     def close(self) -> None:
         if self.supervisor is not None:
@@ -840,12 +845,19 @@ def test_snapshots_on_host_device_and_disk(place: Any, tmp_path: Path) -> None:
     run.go(40)
     assert run.supervisor is not None
     run.supervisor.snapshot()
-    kept = run.everything()
+    kept = run.everything(streams=False)
+    drawn: list[list[Any]] = []
+
+    def spoil(model: nn.Module) -> None:
+        nan_weight(model)
+        drawn.append(run.streams())
+
     x, y = next(batches(1, (1, 8, 8)))
-    decision = run.step(x, y, spoil=nan_weight)
+    decision = run.step(x, y, spoil=spoil)
     assert decision is not None
     assert decision.rolled_back
-    assert run.everything() == kept
+    assert run.everything(streams=False) == kept
+    assert run.streams() == drawn[0], "what feeds training goes on: data, schedule and random streams"
     assert run.supervisor.statistics()["errors"] == 0
     run.close()
 

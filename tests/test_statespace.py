@@ -41,10 +41,10 @@ def matrices(state: Gaussian[float]) -> tuple[FloatArray, FloatArray]:
 
 
 def textbook(
-    x: FloatArray, P: FloatArray, z: float, dt: float, Q: FloatArray, R: float
+    x: FloatArray, P: FloatArray, z: float, dt: float, Q: FloatArray, R: float, decay: float = 1.0
 ) -> tuple[FloatArray, FloatArray, float, float]:
     """One cycle as in any textbook: predict, then update; also the innovation and its variance."""
-    F, H = np.array([[1.0, dt], [0.0, 1.0]]), np.array([1.0, 0.0])
+    F, H = np.array([[1.0, dt], [0.0, decay]]), np.array([1.0, 0.0])
     x, P = F @ x, F @ P @ F.T + Q
     innovation, S = z - H @ x, H @ P @ H + R
     K = P @ H / S
@@ -52,9 +52,15 @@ def textbook(
 
 
 def cycle(
-    state: Gaussian[float], z: float, dt: float, level_noise: float, slope_noise: float, noise: float = 1.0
+    state: Gaussian[float],
+    z: float,
+    dt: float,
+    level_noise: float,
+    slope_noise: float,
+    noise: float = 1.0,
+    decay: float = 1.0,
 ) -> tuple[Gaussian[float], float, float]:
-    ahead = predict(state, dt, level_noise, slope_noise)
+    ahead = predict(state, dt, level_noise, slope_noise, decay=decay)
     innovation = z - ahead.level
     return update(ahead, innovation, noise), innovation, ahead.covariance.level + noise
 
@@ -65,16 +71,22 @@ def cycle(
     variances,
     st.floats(-0.99, 0.99),
     st.floats(1e-3, 10.0),
+    st.floats(0.0, 1.0),
 )
 def test_recursion_equals_the_textbook_matrices(
-    data: list[tuple[float, float, float, float]], level: float, slope: float, correlation: float, noise: float
+    data: list[tuple[float, float, float, float]],
+    level: float,
+    slope: float,
+    correlation: float,
+    noise: float,
+    decay: float,
 ) -> None:
     cross = correlation * math.sqrt(level * slope)
     state = Gaussian(0.5, -0.1, Covariance(level, cross, slope))
     x, P = matrices(state)
     for z, dt, level_noise, slope_noise in data:
-        state, innovation, total = cycle(state, z, dt, level_noise, slope_noise, noise)
-        x, P, expected, S = textbook(x, P, z, dt, np.diag([level_noise, slope_noise]), noise)
+        state, innovation, total = cycle(state, z, dt, level_noise, slope_noise, noise, decay)
+        x, P, expected, S = textbook(x, P, z, dt, np.diag([level_noise, slope_noise]), noise, decay)
         mean, covariance = matrices(state)
         scale = 1.0 + np.abs(P).max() + np.abs(x).max()
         assert innovation == pytest.approx(expected, rel=1e-9, abs=1e-9 * scale)

@@ -87,7 +87,7 @@ class Judge:
         if ledger.mode is Mode.RECOVERING and not self.is_back(ledger, y):
             ledger, verdict = self._expect_return(ledger, m, verdict)
         ledger = ledger._replace(last_y=y)
-        if not verdict.broken:
+        if not verdict.broken or verdict.overfitting:
             e = e._replace(probe=self._probe.update(e.probe, y, floor))
         if not verdict.accepted:
             return e, ledger, verdict
