@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
 from kalmanguard.actuators.actuator import Actuator
@@ -176,6 +177,8 @@ class Loop:
         try:
             self.actuator.keep(decision.orders, decision.step)
             if decision.orders.certified:
+                # A checkpoint must not outlive the records of the steps that led to it.
+                self._journal(self.journal.flush)
                 self.actuator.checkpoint(decision.step, clean=True)
         except Exception as fault:
             # The engine must not count on a state that the ring does not hold.
@@ -277,12 +280,15 @@ class Loop:
                 # It was estimated at construction; two slots are kept, at more memory than was allowed.
                 self.incidents.report(self.step, str(error), error)
         self._costs = Costs(
-            self.timings.step_s(), self.timings.probe_s(), self.actuator.capture_s() if self.protects else 0.0, slots
+            self.timings.step_s(), self.timings.probe_s(), self.actuator.capture_s if self.protects else 0.0, slots
         )
         return self._costs
 
     def _record(self, measurement: Measurement, decision: Decision) -> None:
+        self._journal(lambda: self.journal.step(measurement, decision))
+
+    def _journal(self, write: Callable[[], None]) -> None:
         try:
-            self.journal.step(measurement, decision)
+            write()
         except JournalError as error:
             self.incidents.report(self.step, f"the journal can no longer be written: {error}", error)

@@ -473,7 +473,7 @@ def test_an_edit_of_parameters_is_seen_at_the_next_step() -> None:
 def test_a_silent_bit_is_seen_in_one_interval_of_the_cycle() -> None:
     bench, seen = Bench(), 0
     bench.run(4)
-    assert bench.sensor.cycle_steps == 2 * 4
+    assert bench.sensor.cycle_steps == 4 * 4
     for _ in range(bench.sensor.cycle_steps):
         bench.step()
         # Through memory that torch does not watch, and back again.

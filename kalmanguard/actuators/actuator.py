@@ -24,7 +24,6 @@ from kalmanguard.snapshots.ring import Ring
 from kalmanguard.snapshots.state import TrainingState
 
 _DISK_BYTES_PER_S = 2e8
-_COPY_BYTES_PER_S = 8e9
 
 
 class Actuator:
@@ -73,6 +72,8 @@ class Actuator:
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._next_checkpoint = 0.0
         self._restored = -1
+        #: Seconds that the latest capture took, between two training steps.
+        self.capture_s = 0.0
 
     def capacity(self) -> int:
         """Slots that fit the memory budget.
@@ -98,7 +99,9 @@ class Actuator:
             if known in held:
                 self.ring.certify(known)
         if orders.snapshot:
+            started = time.perf_counter()
             self.ring.capture(step)
+            self.capture_s = time.perf_counter() - started
             self._rates[step] = tuple(
                 tuple(float(group["lr"]) for group in optimizer.param_groups) for optimizer in self._tap.optimizers
             )
@@ -148,17 +151,6 @@ class Actuator:
             except Exception as error:
                 failures.append(f"{action.describe()}: {type(error).__name__}: {error}")
         return failures
-
-    def capture_s(self) -> float:
-        """Seconds that a capture into a used slot takes, the best of three, on a slot that is given up again."""
-        scratch = self.state.capture()
-        # Right after one another they find the data in the cache; between two steps it comes from memory.
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            self.state.capture(scratch)
-            times.append(time.perf_counter() - started)
-        return max(min(times), self.state.bytes_per_slot() / _COPY_BYTES_PER_S)
 
     def clear(self, *, but: int | None = None) -> None:
         """Give all slots up, ``but`` one, and lift what recovery has put in force."""

@@ -194,8 +194,8 @@ class Policy:
             kept = ledger.slots
             gone = to_evict(kept, m.step, ledger.capacity, certified=verdict.accepted)
             evict = (*gone, *(s.step for s in kept if s.step == m.step))
-            level = verdict.level if verdict.accepted else math.inf
-            slot = Slot(m.step, verdict.accepted, level, suspect=ledger.episode is not None and m.step > 0)
+            best = verdict.level if verdict.accepted else math.inf
+            slot = Slot(m.step, verdict.accepted, best, suspect=ledger.episode is not None and m.step > 0)
             ledger = ledger._replace(slots=(*(s for s in kept if s.step not in evict), slot), last_snapshot=m.step)
         gate = settings.gate_ratio * largest_gradient if ledger.warm and largest_gradient > 0 else math.inf
         level = _level(ledger, m, verdict, evidence)

@@ -1,10 +1,14 @@
-"""The one writer of a run's journal: append-only, hash-chained, committed row by row."""
+"""The one writer of a run's journal: append-only, hash-chained, committed in small batches."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import sqlite3
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
@@ -17,19 +21,25 @@ from kalmanguard.errors import JournalError
 from kalmanguard.journal.codec import pack
 from kalmanguard.journal.database import connect_to_write, failure, fold_log, is_blank, prepare_to_write, sync_to_disk
 from kalmanguard.journal.schema import COLUMNS, GENESIS, Row, chained, is_intact, locate
-from kalmanguard.records import Decision, Measurement
+from kalmanguard.records import Decision, Level, Measurement
 
 _INSERT = f"INSERT INTO records ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 _LAST = f"SELECT {COLUMNS} FROM records ORDER BY seq DESC LIMIT 2"
 _RESERVED = frozenset({"header", "step", "close"})
+#: So many uneventful steps are committed together, or those of so many seconds: in a training loop, whose own work
+#: evicts the database from the caches, a commit takes 0.2 ms, with one row or with eight.
+BATCH = 8
+WAIT_S = 0.1
+_UNEVENTFUL = (Level.NOMINAL, Level.WARMUP)
 
 
 @final
 class JournalWriter:
     """Appends a run's records to ``journal.sqlite``, each bound to the one before by its digest.
 
-    A row is committed when the call that wrote it returns: ``kill -9`` loses at most the row in work. `sync` makes all
-    of them durable against the loss of the machine.
+    Uneventful steps are committed together, at most eight and those of a tenth of a second; whatever else is written,
+    suspicions and interventions above all, is committed with them before the call returns. So ``kill -9`` loses at
+    most the last seven uneventful steps. `sync` makes everything durable against the loss of the machine.
 
     The first failure to write (disk full, folder gone, a second writer) is raised as `JournalError`, with nothing
     half-written; from then on the writer is ``failed`` and ignores what it is given, so that the run it records can go
@@ -48,7 +58,8 @@ class JournalWriter:
 
     Notes
     -----
-    About 10 us a row and 4 ms every 800 rows, when SQLite folds the log into the file; 0.1 to 4 ms for `sync`.
+    About 10 us a step, 0.05 to 0.3 ms a commit, and 4 ms every 800 rows, when SQLite folds the log into the file; 0.1
+    to 4 ms for `sync`.
 
     Examples
     --------
@@ -80,6 +91,8 @@ class JournalWriter:
         self.path = None if path is None else locate(path)
         self.failed: str | None = None
         self._lock = Lock()
+        self._waiting: list[tuple[int, bytes, bytes]] = []
+        self._due = 0.0
         self._rows = 0
         self._step = 0
         self._head = GENESIS
@@ -98,6 +111,8 @@ class JournalWriter:
         except (sqlite3.Error, OSError) as error:
             raise failure(self.path or "(temporary)", "opened for writing", error) from error
         self._connection: sqlite3.Connection | None = connection
+        self._process = os.getpid()
+        _OPEN.add(self)
 
     def _take_up(self, connection: sqlite3.Connection, resume: bool) -> None:
         last = [] if is_blank(connection) else [Row(*row) for row in connection.execute(_LAST)]
@@ -120,12 +135,13 @@ class JournalWriter:
     @property
     def head(self) -> str:
         """Digest of the last record, in hexadecimal: published outside the run, it fixes everything before it."""
+        self.flush()
         return self._head.hex()
 
     @property
     def rows(self) -> int:
-        """Number of records."""
-        return self._rows
+        """Number of records, with those that wait for a commit."""
+        return self._rows + len(self._waiting)
 
     def write_header(self, header: Mapping[str, Any]) -> None:
         """Write the first record: versions, settings, probe, plant and the certificate's constants."""
@@ -135,8 +151,23 @@ class JournalWriter:
 
     def step(self, measurement: Measurement, decision: Decision, statistics: bytes | None = None) -> None:
         """Write one step: what the engine saw, decided and computed; ``statistics`` replaces the decision's own."""
+        if self.failed is not None:
+            return
+        if self._connection is None or not self._rows:
+            raise JournalError("The journal is closed." if self._rows else "Write the journal's header first.")
         body, blob = pack(measurement, decision, statistics)
-        self._append("step", b"step", measurement.step, body, blob)
+        with self._lock:
+            self._waiting.append((measurement.step, body, blob))
+        now = time.monotonic()
+        if len(self._waiting) == 1:
+            self._due = now + WAIT_S
+        if now >= self._due or len(self._waiting) >= BATCH or decision.level not in _UNEVENTFUL:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit the steps that wait; a process that is killed from here on does not lose them."""
+        if self._waiting and self._connection is not None:
+            self._guarded(lambda connection: None)
 
     def record(self, kind: str, step: int, data: Mapping[str, Any], blob: bytes = b"") -> None:
         """Write a rare record, such as an intent or an outcome, as JSON with an optional array."""
@@ -197,6 +228,10 @@ class JournalWriter:
         connection, self._connection = self._connection, None
         if connection is not None:
             with self._lock:
+                try:
+                    self._commit(connection)
+                except (sqlite3.Error, OSError) as error:
+                    self._fail(error)
                 connection.close()
 
     def __enter__(self) -> Self:
@@ -217,13 +252,34 @@ class JournalWriter:
                 return
             if self._connection is None or not (self._rows or first):
                 raise JournalError("The journal is closed." if self._rows else "Write the journal's header first.")
-            seq = self._rows + 1
             try:
+                self._commit(self._connection)
+                seq = self._rows + 1
                 digest = chained(self._head, seq, kind_bytes, step, raw, blob)
                 self._connection.execute(_INSERT, (seq, kind, step, body, blob, digest))
             except (sqlite3.Error, OSError) as error:
                 raise self._fail(error) from error
             self._rows, self._step, self._head = seq, step, digest
+
+    def _commit(self, connection: sqlite3.Connection) -> None:
+        """Write the steps that wait, all or none; the lock is held."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        seq, head, rows = self._rows, self._head, []
+        for step, body, blob in waiting:
+            seq += 1
+            head = chained(head, seq, b"step", step, body, blob)
+            rows.append((seq, "step", step, body, blob, head))
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.executemany(_INSERT, rows)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        self._rows, self._step, self._head = seq, waiting[-1][0], head
 
     def _guarded(self, work: Callable[[sqlite3.Connection], object]) -> None:
         with self._lock:
@@ -232,6 +288,7 @@ class JournalWriter:
             if self._connection is None:
                 raise JournalError("The journal is closed.")
             try:
+                self._commit(self._connection)
                 work(self._connection)
             except (sqlite3.Error, OSError) as error:
                 raise self._fail(error) from error
@@ -240,6 +297,19 @@ class JournalWriter:
         raised = failure(self.path or "(temporary)", "written", error)
         self.failed = str(raised)
         return raised
+
+
+#: Writers of this process, so that a program that ends without closing them, after an exception say, loses nothing.
+_OPEN: weakref.WeakSet[JournalWriter] = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_at_exit() -> None:
+    for journal in list(_OPEN):
+        # A forked child has a copy of what waits, and of a connection that is not its own.
+        if journal._process == os.getpid():
+            with contextlib.suppress(JournalError):  # nobody is left to tell; the journal reads INCOMPLETE
+                journal.flush()
 
 
 def _json(data: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.optim import Optimizer
 
 #: Elements of one tensor that are compared bit by bit at a step.
 _SLICE = 4096
+#: Steps from one comparison to the next.
+_EVERY = 4
+_VERSION = attrgetter("_version")
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "max_exp_avg_sq")
 
 
@@ -19,10 +23,10 @@ class IntegritySensor:
 
     Every step: the version counter of each parameter, which every in-place write through torch raises (reported as
     ``"parameters"``: user code may well do that, so the probe decides), and the counter and identity of one parameter's
-    moments, since what resets or zeroes an optimizer's state does so for all parameters (``"moments"``). In turn over
-    all tensors, one slice of 4,096 elements of a parameter and of its optimizer state, bit for bit: a difference
-    without a raised counter is reported as ``"silent parameters"`` or ``"silent moments"``, a second moment that is
-    negative, not finite, or all zero where it was not, as ``"moments"``.
+    moments, since what resets or zeroes an optimizer's state does so for all parameters (``"moments"``). At every
+    fourth step, in turn over all tensors, one slice of 4,096 elements of a parameter and of its optimizer state, bit
+    for bit: a difference without a raised counter is reported as ``"silent parameters"`` or ``"silent moments"``, a
+    second moment that is negative, not finite, or all zero where it was not, as ``"moments"``.
 
     Notes
     -----
@@ -39,11 +43,11 @@ class IntegritySensor:
         self._kept: list[tuple[str, Tensor, Tensor, Tensor, int]] = []
         self._moments: list[tuple[Optimizer, Tensor, str, Tensor, int]] = []
         self._slice = 0
-        self._even = False
+        self._rest = _EVERY - 2
 
     def remember(self, optimizers: Sequence[Optimizer]) -> None:
         """Note what the next step must start from; called when the step's work is done."""
-        self._versions = [p._version for p in self._parameters]
+        self._versions = list(map(_VERSION, self._parameters))
         self._kept, self._moments = [], []
         if not self._parameters:
             return
@@ -52,8 +56,8 @@ class IntegritySensor:
             for name, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.layout is torch.strided:
                     self._moments.append((optimizer, parameter, name, value, value._version))
-        self._even = not self._even
-        if self._even:
+        self._rest = (self._rest + 1) % _EVERY
+        if self._rest:
             return
         kept = [("parameters", parameter)]
         kept.extend(
@@ -70,7 +74,7 @@ class IntegritySensor:
     def check(self) -> tuple[str, ...]:
         """What has changed since `remember`, and was not the optimizer."""
         found: list[str] = []
-        if any(p._version != v for p, v in zip(self._parameters, self._versions, strict=False)):
+        if self._versions and list(map(_VERSION, self._parameters)) != self._versions:
             found.append("parameters")
         for optimizer, parameter, name, tensor, version in self._moments:
             if tensor._version != version or optimizer.state.get(parameter, {}).get(name) is not tensor:
@@ -90,7 +94,7 @@ class IntegritySensor:
     @property
     def cycle_steps(self) -> int:
         """Steps after which every slice of every parameter has been compared once."""
-        return 2 * sum(-(-p.numel() // _SLICE) for p in self._parameters)
+        return _EVERY * sum(-(-p.numel() // _SLICE) for p in self._parameters)
 
     def _part(self, tensor: Tensor) -> Tensor | None:
         detached = tensor.detach()

@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,8 @@ from torch.optim import optimizer as hooks
 from kalmanguard.errors import BindError
 
 #: Up to so many tensors, reading their norms one by one is faster than three kernels over them.
-_FEW = 16
+_FEW = 32
+_SPARSE, _DTYPE, _DEVICE = attrgetter("is_sparse"), attrgetter("dtype"), attrgetter("device")
 
 
 class StepEffect(Protocol):
@@ -216,13 +218,17 @@ class OptimizerTap:
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all gradients, float32 at least; 0-dim, on the first gradient's device."""
-    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    low = any(g.dtype in (torch.float16, torch.bfloat16) for g in dense)
+    dense = gradients
+    if any(map(_SPARSE, gradients)):
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    low = not {torch.float16, torch.bfloat16}.isdisjoint(map(_DTYPE, dense))
     norms = torch._foreach_norm(dense, 2, dtype=torch.float32) if low else torch._foreach_norm(dense)
     device = norms[0].device
-    if device.type == "cpu" and len(norms) <= _FEW:
-        return torch.tensor(math.hypot(*(n.item() for n in norms)))
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    if set(map(_DEVICE, norms)) != {device}:
+        norms = [n.to(device) for n in norms]
+    elif device.type == "cpu" and len(norms) <= _FEW:
+        return torch.tensor(math.hypot(*map(Tensor.item, norms)))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 #: Fewest examples that a probe is cut down to, and the interval in steps that its size is fitted to.
 _SMALLEST_PROBE, _PROBE_INTERVAL = 32, 100
-#: A sketch that is rarer than this shows a jump too late; one that costs a quarter more than its share may.
-_LONGEST_STRIDE, _TOLERANCE = 4, 1.25
+#: A sketch that is rarer than this shows a jump too late.
+_LONGEST_STRIDE = 4
 _KEPT = 64
 
 
@@ -58,6 +58,6 @@ class Timings:
         allowed = int(probe_examples * _PROBE_INTERVAL * share * step_s / min(self.probes_s))
         smallest = min(_SMALLEST_PROBE, probe_examples)
         stride = 1
-        while sketch_s / stride > _TOLERANCE * share * step_s and stride < _LONGEST_STRIDE:
+        while sketch_s / stride > share * step_s and stride < _LONGEST_STRIDE:
             stride *= 2
         return Fit(max(smallest, min(probe_examples, allowed)), stride)
