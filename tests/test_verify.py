@@ -844,6 +844,7 @@ def test_a_live_journal_can_be_verified(folder: Path) -> None:
         assert entry.decision is not None
         values = tuple(entry.data[name] for name in NAMES)
         journal.step(entry.measurement, dataclasses.replace(entry.decision, statistics=values))
+        journal.flush()
         report = verify(folder)
         assert report.records == count
         assert report["run"].status == INCOMPLETE

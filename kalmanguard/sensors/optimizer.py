@@ -218,11 +218,11 @@ class OptimizerTap:
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all gradients, float32 at least; 0-dim, on the first gradient's device."""
-    dense = gradients
+    dense = list(gradients)
     if any(map(_SPARSE, gradients)):
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     low = not {torch.float16, torch.bfloat16}.isdisjoint(map(_DTYPE, dense))
-    norms = torch._foreach_norm(dense, 2, dtype=torch.float32) if low else torch._foreach_norm(dense)
+    norms = list(torch._foreach_norm(dense, 2, dtype=torch.float32) if low else torch._foreach_norm(dense))
     device = norms[0].device
     if set(map(_DEVICE, norms)) != {device}:
         norms = [n.to(device) for n in norms]
