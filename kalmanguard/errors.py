@@ -23,6 +23,10 @@ class SnapshotError(KalmanguardError):
     """A state could not be captured, stored or restored exactly."""
 
 
+class RestoreFailed(SnapshotError):  # noqa: N818 - said of a state, not of the program
+    """The state that was decided on could not be restored; the next older one is tried at the next step."""
+
+
 class Intervention(KalmanguardError):  # noqa: N818 - a control-flow signal that the user asked for, not an error
     """Base of what `Settings.raise_on` turns into exceptions; ``decision`` holds the decision behind it."""
 

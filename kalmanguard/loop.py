@@ -11,7 +11,7 @@ from typing import Any
 
 from kalmanguard.actuators.actuator import Actuator
 from kalmanguard.engine import Engine, EngineState
-from kalmanguard.errors import JournalError, SnapshotError
+from kalmanguard.errors import JournalError, RestoreFailed, SnapshotError
 from kalmanguard.incidents import Incidents
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.records import Action, Costs, Decision, Level, Measurement, Mode, Outcome, ProbeReading
@@ -186,17 +186,53 @@ class Loop:
             what = f"the snapshot of step {decision.step} failed: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)
 
+    def veto(self, drop: Callable[[], None]) -> None:
+        """Carry a veto out: called in the middle of the step, before its update is applied."""
+        ledger = self.state.ledger
+        decision = Decision(
+            self.step + 1, Action.VETO, Action.VETO, Level.CONFIRMED, ledger.mode,
+            f"Step {self.step + 1}: the proposed update is dropped; its gradient norm is {self.tap.last_norm:.4g}.",
+        )  # fmt: skip
+        controls = self.actuator.controls(decision, clip_value=self.clip_value(), hold_steps=ledger.ladder.hold)
+        controls.drop = drop
+        self._report(self.actuator.veto(controls))
+
     def _roll_back(self, first: Decision) -> Decision:
-        """Restore, verify what was never probed, try older states while the engine asks for it; then recover."""
+        """Run the rung's actions: the first one restores, the others act on what was restored."""
         self.actuator.freeze()
         self.actuator.keep(first.orders, first.step)
+        controls = self.actuator.controls(first, clip_value=self.clip_value(), hold_steps=0)
+        restored: list[Decision] = []
+
+        def restore() -> None:
+            if restored:
+                return
+            restored.append(self._restore_a_sound_state(first))
+            controls.decision = restored[0]
+            controls.restored_rates = self.actuator.restored_rates()
+            controls.clip_value, controls.hold_steps = self.clip_value(), self.state.ledger.ladder.hold
+            # The state is a good one again, and may be saved; a halted run keeps what it has then.
+            self.actuator.thaw()
+
+        controls.restore = restore
+        try:
+            failures = self.actuator.recover(controls)
+            if not restored:
+                raise RestoreFailed("no action of the rung has called restore()")
+        except RestoreFailed as fault:
+            return self._not_restored(first, fault)
+        self._report(failures)
+        return controls.decision
+
+    def _restore_a_sound_state(self, first: Decision) -> Decision:
+        """Restore, probe what was never probed, and try older states while the engine asks for it."""
         decision, restored = first, None
         while decision.proposed in (Action.ROLLBACK, Action.HALT) and decision.orders.restore is not None:
             restored = decision.orders.restore
             try:
                 outcome = self.restore(restored, action=decision.proposed, rung=decision.orders.rung)
             except Exception as fault:
-                return self._not_restored(first, restored, decision.orders.rung, fault)
+                raise RestoreFailed(f"step {restored}: {type(fault).__name__}: {fault}") from fault
             certified = any(s.certified for s in self.state.ledger.slots if s.step == restored)
             check = outcome.action is Action.ROLLBACK and not certified
             probe = self.read_probe() if check else None
@@ -206,7 +242,7 @@ class Loop:
             self.actuator.keep(decision.orders, decision.step)
         halted = self.state.ledger.mode is Mode.HALTED
         done = Action.HALT if halted or restored is None else Action.ROLLBACK
-        final = dataclasses.replace(
+        return dataclasses.replace(
             first,
             action=done,
             proposed=done,
@@ -214,26 +250,20 @@ class Loop:
             restored_step=restored,
             orders=dataclasses.replace(first.orders, restore=restored),
         )
-        # The state is a good one again, and may be saved; a halted run keeps what it has then.
-        self.actuator.thaw()
-        failures = self.actuator.recover(final, clip_value=self.clip_value(), hold_steps=self.state.ledger.ladder.hold)
-        if halted:
-            # Whoever trains on does so unsupervised, and with a learning rate of their own.
-            self.actuator.release()
-            self.actuator.freeze()
+
+    def _report(self, failures: list[str]) -> None:
         for failure in failures:
             self.incidents.report(self.step, f"a recovery action failed: {failure}")
-        return final
 
-    def _not_restored(self, first: Decision, target: int, rung: int, fault: Exception) -> Decision:
+    def _not_restored(self, first: Decision, fault: RestoreFailed) -> Decision:
         """Nothing was restored: the engine gives that state up, and will ask for another one."""
-        what = f"the rollback to step {target} failed: {type(fault).__name__}: {fault}"
+        what = f"the rollback failed: {fault}"
         self.actuator.thaw()
         self.suite.interrupt()
         self.feed(
             Measurement(
                 step=first.step,
-                outcome=Outcome(first.proposed, rung=rung, error=what),
+                outcome=Outcome(first.proposed, rung=first.orders.rung, error=what),
                 objective=self.objective,
             )
         )

@@ -27,6 +27,7 @@ from kalmanguard.actuators.actions import (
     Recovery,
     RecoveryAction,
     ResetMoments,
+    Rollback,
     SaveCheckpoint,
     ScaleLearningRate,
 )
@@ -364,7 +365,9 @@ def test_presets_have_three_rungs_that_cut_harder_and_harder(name: str) -> None:
     assert any(isinstance(a, ResetMoments) for a in ladder.rungs[2])
     assert ladder.actions(17) == ladder.rungs[-1]
     described = ladder.describe()
-    assert described["rungs"][0] == ["HoldLearningRate()"]  # type: ignore[index]
+    assert described["rungs"][0] == ["Rollback()", "HoldLearningRate()"]  # type: ignore[index]
+    assert described["on_halt"] == ["Rollback()", "SaveCheckpoint()", "Halt()"]
+    assert described["on_veto"] == ["Veto()"]
 
 
 def test_a_rung_of_ones_own_describes_itself() -> None:
@@ -376,7 +379,11 @@ def test_a_rung_of_ones_own_describes_itself() -> None:
             raise NotImplementedError
 
     ladder = Recovery(rungs=((Beep(3), ScaleLearningRate(0.5)),), on_halt=(Notify(print),))
-    assert ladder.describe() == {"rungs": [["Beep(times=3)", "ScaleLearningRate(factor=0.5)"]], "on_halt": ["Notify()"]}
+    assert ladder.describe() == {
+        "rungs": [["Rollback()", "Beep(times=3)", "ScaleLearningRate(factor=0.5)"]],
+        "on_halt": ["Rollback()", "Notify()", "Halt()"],
+        "on_veto": ["Veto()"],
+    }
     with pytest.raises(TypeError, match="abstract"):
         RecoveryAction()  # type: ignore[abstract]
 
@@ -391,6 +398,8 @@ def test_a_rung_of_ones_own_describes_itself() -> None:
         (lambda: ElasticAnchor(-1.0), r"strength = -1\.0 must be positive"),
         (lambda: Notify("me"), "send = 'me' must be a function"),  # type: ignore[arg-type]
         (lambda: Recovery(rungs=()), "at least one rung"),
+        (lambda: Recovery(rungs=((HoldLearningRate(), Rollback()),)), "rung 0 has 1 Rollback actions, the first at pla"),
+        (lambda: Recovery(rungs=((),), on_halt=(Rollback(), Rollback())), "on_halt has 2 Rollback actions"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_bound(make: Any, words: str) -> None:

@@ -28,7 +28,16 @@ from torch.nn import functional as F
 from torch.optim import optimizer as torch_hooks
 
 from kalmanguard import statefile
-from kalmanguard.actuators.actions import Controls, HoldLearningRate, Notify, Recovery, RecoveryAction
+from kalmanguard.actuators.actions import (
+    Controls,
+    Halt,
+    HoldLearningRate,
+    Notify,
+    Recovery,
+    RecoveryAction,
+    Rollback,
+    Veto,
+)
 from kalmanguard.certificate.verify import verify
 from kalmanguard.errors import (
     BindError,
@@ -125,6 +134,12 @@ def runs() -> Iterator[list[Run]]:
 def nan_weight(run: Run, step: int) -> None:
     with torch.no_grad():
         run.model[0].weight[3, 5] = math.nan  # type: ignore[index]
+
+
+def nan_gradient(run: Run, step: int) -> None:
+    gradient = run.model[0].weight.grad
+    assert isinstance(gradient, Tensor)
+    gradient[3, 5] = math.nan
 
 
 def ruin(run: Run) -> Decision:
@@ -418,6 +433,81 @@ def test_a_ladder_of_ones_own_is_climbed() -> None:
     assert book[0][0] is not None
     assert [d.action for d in told] == [Action.HALT]
     run.supervisor.close()
+
+
+class Around(Rollback):
+    """A rollback of one's own: looks at the state right before and right after."""
+
+    def __init__(self, book: list[Any]) -> None:
+        self.book = book
+
+    def apply(self, controls: Controls) -> None:
+        before = controls.decision.restored_step
+        broken = not all(bool(p.isfinite().all()) for p in controls.model.parameters())
+        super().apply(controls)
+        super().apply(controls)  # the second call does nothing
+        mended = all(bool(p.isfinite().all()) for p in controls.model.parameters())
+        self.book.append((before, broken, controls.decision.restored_step, mended))
+
+
+def test_veto_rollback_and_halt_can_be_subclassed() -> None:
+    book: list[Any] = []
+    dropped: list[str] = []
+
+    class Gentle(Halt):
+        def apply(self, controls: Controls) -> None:
+            dropped.append("halted")
+            super().apply(controls)
+
+    class Noted(Veto):
+        def apply(self, controls: Controls) -> None:
+            dropped.append(controls.decision.reason)
+            super().apply(controls)
+
+    ladder = Recovery(
+        rungs=((Around(book), HoldLearningRate()),), on_halt=(Around(book), Gentle()), on_veto=(Noted(),)
+    )
+    run = Run(
+        settings=Settings(probe_examples=128, probe_every=5, snapshot_every=10, rollback_budget=2, recovery=ladder)
+    )
+    run.go(60)
+    weights = [p.detach().clone() for p in run.model.parameters()]
+    decision = run.step(before=nan_gradient)
+    assert decision.action is Action.VETO
+    assert dropped == [f"Step {decision.step}: the proposed update is dropped; its gradient norm is nan."]
+    assert all(torch.equal(p, w) for p, w in zip(run.model.parameters(), weights, strict=True))
+    with pytest.raises(TrainingHalted):
+        run.go(60, after=nan_weight)
+    assert dropped[1:] == ["halted"]
+    assert len(book) >= 2
+    assert all(broken and mended and step is not None for _, broken, step, mended in book)
+    run.supervisor.close()
+
+
+class Lazy(Rollback):
+    def apply(self, controls: Controls) -> None:
+        """Forget to call the base class."""
+
+
+class Blind(Veto):
+    def apply(self, controls: Controls) -> None:
+        raise ValueError("this veto is broken")
+
+
+def test_a_rollback_that_restores_nothing_is_said_and_a_veto_is_always_carried_out(tmp_path: Path) -> None:
+    ladder = Recovery(rungs=((Lazy(), HoldLearningRate()),), on_veto=(Blind(),))
+    settings = Settings(probe_examples=128, probe_every=5, snapshot_every=10, recovery=ladder)
+    run = Run(settings=settings, run_dir=tmp_path)
+    run.go(60)
+    weights = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.warns(UserWarning, match="this veto is broken"):
+        assert run.step(before=nan_gradient).action is Action.VETO
+    assert all(torch.equal(p, w) for p, w in zip(run.model.parameters(), weights, strict=True))
+    assert not any(decision.rolled_back for decision in run.go(4, after=nan_weight))
+    run.supervisor.close()
+    with JournalReader(tmp_path) as reader:
+        texts = [row.data()["text"] for row in reader.rows("error")]
+    assert any("no action of the rung has called restore()" in text for text in texts)
 
 
 def test_an_action_that_fails_does_not_stop_the_others() -> None:

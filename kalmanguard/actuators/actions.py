@@ -23,7 +23,11 @@ class Effects(Protocol):
     effects: list[Any]
 
 
-@dataclass(frozen=True)
+def _nothing() -> None:
+    """Stand in for a control that does not apply."""
+
+
+@dataclass
 class Controls:
     """What a recovery action may touch.
 
@@ -32,9 +36,9 @@ class Controls:
     model, optimizers
         The supervised model (never compiled away) and every bound optimizer.
     decision
-        The decision that is being carried out.
+        The decision that is being carried out; once a state is restored, with the step that it is of.
     restored_rates
-        Learning rates that the restored state was trained at, per optimizer and group.
+        Learning rates that the restored state was trained at, per optimizer and group; empty before the restore.
     clip_value
         Recommended bound of the gradient norm; ``inf`` when unknown.
     hold_steps
@@ -47,6 +51,13 @@ class Controls:
         Writes a durable checkpoint of the present state and returns its folder; ``None`` without a run folder.
     generator
         A random stream of the supervisor's own.
+    drop
+        Takes the gradients of the proposed update away until the step is over; only while a veto is carried out.
+    restore
+        Restores the state that was decided on, and proves that it is the captured one, bit for bit; the second call
+        does nothing.
+    halt
+        Ends supervision: limits are lifted, and the durable checkpoints stay as they are.
     """
 
     model: nn.Module
@@ -59,12 +70,16 @@ class Controls:
     tap: Effects
     checkpoint: Callable[[], Path | None]
     generator: torch.Generator = field(default_factory=torch.Generator)
+    drop: Callable[[], None] = _nothing
+    restore: Callable[[], None] = _nothing
+    halt: Callable[[], None] = _nothing
 
 
 class RecoveryAction(ABC):
-    """One thing that is done after a state has been restored, or when a run halts.
+    """One thing that is done when an update is vetoed, a state is restored, or a run halts.
 
-    Subclass it and implement `apply`; an exception that it raises is recorded and does not stop the others.
+    Subclass it, or one of those below, and implement `apply`; an exception that it raises is recorded and does not stop
+    the others.
     """
 
     @abstractmethod
@@ -75,6 +90,37 @@ class RecoveryAction(ABC):
         """The action and its parameters, for the journal."""
         arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not callable(v))
         return f"{type(self).__name__}({arguments})"
+
+
+class Veto(RecoveryAction):
+    """Drop the proposed update: parameters, moments and step counters stay as they are, bit for bit.
+
+    Subclass it to do more (save the batch, say). An update that was decided to be vetoed is dropped in any case, after
+    the actions if none of them did it.
+    """
+
+    def apply(self, controls: Controls) -> None:
+        """Take the gradients away for the duration of the step."""
+        controls.drop()
+
+
+class Rollback(RecoveryAction):
+    """Restore the state that was decided on; the first action of every rung.
+
+    Subclass it to do something right before or right after; call ``super().apply(controls)`` in between.
+    """
+
+    def apply(self, controls: Controls) -> None:
+        """Restore, and try older states while what was restored proves to be outside the envelope."""
+        controls.restore()
+
+
+class Halt(RecoveryAction):
+    """End supervision with the state as it is now; the last action of a halt."""
+
+    def apply(self, controls: Controls) -> None:
+        """Lift all limits, and keep the durable checkpoints as they are."""
+        controls.halt()
 
 
 class HoldLearningRate(RecoveryAction):
@@ -189,21 +235,38 @@ class Notify(RecoveryAction):
 
 @dataclass(frozen=True)
 class Recovery:
-    """What is done after each rung's rollback, and at a halt.
+    """What is done for a veto, on each rung of the ladder, and at a halt.
+
+    Attributes
+    ----------
+    rungs
+        Actions per rung, mildest first; one without a `Rollback` begins with a plain one.
+    on_halt
+        Actions of a halt; a `Rollback` at the beginning and a `Halt` at the end are added where they are missing.
+    on_veto
+        Actions when a proposed update is dropped; a `Veto` is added at the end if there is none.
 
     Examples
     --------
     >>> ladder = Recovery.preset("balanced")
     >>> [[type(a).__name__ for a in rung] for rung in ladder.rungs][0]
-    ['HoldLearningRate']
+    ['Rollback', 'HoldLearningRate']
     """
 
     rungs: tuple[tuple[RecoveryAction, ...], ...]
     on_halt: tuple[RecoveryAction, ...] = ()
+    on_veto: tuple[RecoveryAction, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rungs:
             raise ConfigurationError("A recovery ladder needs at least one rung; () is a rung that only rolls back.")
+        object.__setattr__(self, "rungs", tuple(_restoring(f"rung {i}", rung) for i, rung in enumerate(self.rungs)))
+        on_halt = _restoring("on_halt", self.on_halt)
+        if not any(isinstance(action, Halt) for action in on_halt):
+            on_halt = (*on_halt, Halt())
+        object.__setattr__(self, "on_halt", on_halt)
+        if not any(isinstance(action, Veto) for action in self.on_veto):
+            object.__setattr__(self, "on_veto", (*self.on_veto, Veto()))
 
     def actions(self, rung: int) -> tuple[RecoveryAction, ...]:
         """Actions of a rung; rungs above the last one are the last one."""
@@ -214,17 +277,32 @@ class Recovery:
         return {
             "rungs": [[action.describe() for action in rung] for rung in self.rungs],
             "on_halt": [action.describe() for action in self.on_halt],
+            "on_veto": [action.describe() for action in self.on_veto],
         }
 
     @classmethod
     def preset(cls, name: str) -> Recovery:
         """The ladders of the presets: they differ in how hard the higher rungs cut."""
         cut, hard = {"conservative": (0.5, 0.3), "balanced": (0.3, 0.1), "aggressive": (0.2, 0.05)}[name]
+        hold = HoldLearningRate()
         return cls(
-            (
-                (HoldLearningRate(),),
-                (HoldLearningRate(), ScaleLearningRate(cut), ClipGradients()),
-                (HoldLearningRate(), ScaleLearningRate(hard), ClipGradients(), ResetMoments(), SaveCheckpoint()),
+            rungs=(
+                (Rollback(), hold),
+                (Rollback(), hold, ScaleLearningRate(cut), ClipGradients()),
+                (Rollback(), hold, ScaleLearningRate(hard), ClipGradients(), ResetMoments(), SaveCheckpoint()),
             ),
-            (SaveCheckpoint(),),
+            on_halt=(Rollback(), SaveCheckpoint(), Halt()),
+            on_veto=(Veto(),),
         )
+
+
+def _restoring(where: str, actions: tuple[RecoveryAction, ...]) -> tuple[RecoveryAction, ...]:
+    rollbacks = [isinstance(action, Rollback) for action in actions]
+    if not any(rollbacks):
+        return (Rollback(), *actions)
+    if rollbacks.count(True) > 1 or not rollbacks[0]:
+        raise ConfigurationError(
+            f"{where} has {rollbacks.count(True)} Rollback actions, the first at place {rollbacks.index(True) + 1}: "
+            "exactly one, at the first place, is allowed, since the others act on the restored state."
+        )
+    return actions

@@ -13,7 +13,7 @@ from torch import nn
 from kalmanguard.actuators.actions import Controls, Recovery, RecoveryAction
 from kalmanguard.actuators.effects import LearningRateLimit
 from kalmanguard.control.retention import MOST_SLOTS
-from kalmanguard.errors import SnapshotError
+from kalmanguard.errors import RestoreFailed, SnapshotError
 from kalmanguard.records import Action, Decision, Orders, Outcome
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.settings import Settings
@@ -125,32 +125,54 @@ class Actuator:
         error = None if expected == actual else "the restored state differs from the captured one"
         return Outcome(action, step, rung, expected, actual, manual, error)
 
-    def recover(self, decision: Decision, *, clip_value: float, hold_steps: int) -> list[str]:
-        """Run the actions of the decision's rung, or those of a halt; returns what went wrong."""
-        actions: tuple[RecoveryAction, ...]
-        if decision.proposed is Action.HALT:
-            actions = self._recovery.on_halt
-        else:
-            actions = self._recovery.actions(decision.orders.rung)
-        controls = Controls(
+    def controls(self, decision: Decision, *, clip_value: float, hold_steps: int) -> Controls:
+        """What the actions that carry ``decision`` out may touch."""
+        return Controls(
             model=self._model,
             optimizers=tuple(self._tap.optimizers),
             decision=decision,
-            restored_rates=self._rates.get(decision.restored_step if decision.restored_step is not None else -1, ()),
+            restored_rates=(),
             clip_value=clip_value,
             hold_steps=hold_steps,
             learning_rate=self._limit,
             tap=self._tap,
             checkpoint=lambda: self._store_path() if self.store is not None else None,
             generator=self._generator,
+            halt=self._halt,
         )
-        failures = []
-        for action in actions:
-            try:
-                action.apply(controls)
-            except Exception as error:
-                failures.append(f"{action.describe()}: {type(error).__name__}: {error}")
+
+    def restored_rates(self) -> tuple[tuple[float, ...], ...]:
+        """Learning rates that the state which was restored last had been trained at, per optimizer and group."""
+        return self._rates.get(self._restored, ())
+
+    def recover(self, controls: Controls) -> list[str]:
+        """Run the actions of the decision's rung, or those of a halt; returns what went wrong.
+
+        Raises
+        ------
+        RestoreFailed
+            No state was restored; the actions that would follow are left out.
+        """
+        failures: list[str] = []
+        halting = controls.decision.proposed is Action.HALT
+        pending = list(self._recovery.on_halt if halting else self._recovery.actions(controls.decision.orders.rung))
+        while pending:
+            failures += _apply(pending.pop(0), controls)
+            if not halting and controls.decision.proposed is Action.HALT:
+                # No older state was sound: what follows is a halt, and its own rollback has nothing left to do.
+                halting, pending = True, list(self._recovery.on_halt)
         return failures
+
+    def veto(self, controls: Controls) -> list[str]:
+        """Run the actions of a veto; returns what went wrong."""
+        failures = [failure for action in self._recovery.on_veto for failure in _apply(action, controls)]
+        controls.drop()
+        return failures
+
+    def _halt(self) -> None:
+        # Whoever trains on does so unsupervised, and with a learning rate of their own.
+        self.release()
+        self.freeze()
 
     def clear(self, *, but: int | None = None) -> None:
         """Give all slots up, ``but`` one, and lift what recovery has put in force."""
@@ -204,3 +226,13 @@ class Actuator:
         except SnapshotError:
             # It can only save its live weights, which training is changing: the checkpoint goes without.
             return None
+
+
+def _apply(action: RecoveryAction, controls: Controls) -> list[str]:
+    try:
+        action.apply(controls)
+    except RestoreFailed:
+        raise
+    except Exception as error:
+        return [f"{action.describe()}: {type(error).__name__}: {error}"]
+    return []

@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -45,6 +46,10 @@ class OptimizerTap:
         Whether a gradient that is not finite, or above `gate`, may be dropped.
     before_first_step
         Called once, before the first step of any bound optimizer.
+    before_step
+        Called before the first step of any bound optimizer since the last `reset`.
+    on_veto
+        Called with a function that drops the step, when the gradient asks for that; by default it is dropped.
 
     Notes
     -----
@@ -62,11 +67,12 @@ class OptimizerTap:
         protect: bool = True,
         before_first_step: Callable[[], None] | None = None,
         before_step: Callable[[], None] | None = None,
+        on_veto: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self._ids = {id(p) for p in parameters}
         self.optimizers: list[Optimizer] = []
         self._protect = protect
-        self._before_first_step, self._before_step = before_first_step, before_step
+        self._before_first_step, self._before_step, self._on_veto = before_first_step, before_step, on_veto
         self._begun = False
         self.effects: list[StepEffect] = []
         self.gate = math.inf
@@ -198,10 +204,20 @@ class OptimizerTap:
         else:
             return
         if self._protect:
-            with_gradient = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._stashed[id(optimizer)] = [(p, p.grad) for p in with_gradient]
-            for p in with_gradient:
-                p.grad = None
+            drop = partial(self._drop, optimizer)
+            if self._on_veto is not None:
+                self._on_veto(drop)
+            else:
+                drop()
+
+    def _drop(self, optimizer: Optimizer) -> None:
+        """Take the gradients of the step in work away until it is over: it then changes nothing."""
+        if id(optimizer) in self._stashed:
+            return
+        with_gradient = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._stashed[id(optimizer)] = [(p, p.grad) for p in with_gradient if p.grad is not None]
+        for p in with_gradient:
+            p.grad = None
 
     def _after(self, optimizer: Optimizer) -> None:
         if self.paused or not any(optimizer is known for known in self.optimizers):
