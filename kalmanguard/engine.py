@@ -194,10 +194,10 @@ def _statistics(
             v.start, v.best, v.bound, v.allowance, v.standard_error, float(verdict.accepted),
         )  # fmt: skip
     bet = _NO_BET if drift is None else (drift.x, drift.statistic, float(drift.alarm), float(drift.reset))
-    level = estimators.loss.gaussian
+    level = estimators.loss.level
     return (
         *probe, *bet, *map(_z, innovations.channels), innovations.nis, innovations.rank, innovations.speed,
-        math.nan if level is None else level.level,
+        math.nan if level is None else level,
     )  # fmt: skip
 
 

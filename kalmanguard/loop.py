@@ -155,9 +155,9 @@ class Loop:
     def clip_value(self) -> float:
         """Gradient norm that healthy steps stay below: three deviations above its trend; inf while unknown."""
         trend = self.state.estimators.gradient
-        if trend.gaussian is None or trend.scale.seen < 10:
+        if trend.level is None or trend.scale.seen < 10:
             return math.inf
-        return math.exp(trend.gaussian.level + 3.0 * trend.scale.deviation)
+        return math.exp(trend.level + 3.0 * trend.scale.deviation)
 
     def _act(self, decision: Decision) -> Decision:
         orders, tap = decision.orders, self.tap

@@ -398,7 +398,10 @@ def test_a_rung_of_ones_own_describes_itself() -> None:
         (lambda: ElasticAnchor(-1.0), r"strength = -1\.0 must be positive"),
         (lambda: Notify("me"), "send = 'me' must be a function"),  # type: ignore[arg-type]
         (lambda: Recovery(rungs=()), "at least one rung"),
-        (lambda: Recovery(rungs=((HoldLearningRate(), Rollback()),)), "rung 0 has 1 Rollback actions, the first at pla"),
+        (
+            lambda: Recovery(rungs=((HoldLearningRate(), Rollback()),)),
+            "rung 0 has 1 Rollback actions, the first at pla",
+        ),
         (lambda: Recovery(rungs=((),), on_halt=(Rollback(), Rollback())), "on_halt has 2 Rollback actions"),
     ],
 )

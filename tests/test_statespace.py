@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from kalmanguard.estimators.statespace import Covariance, Gaussian, predict, update
+from kalmanguard.estimators.statespace import Covariance, Gaussian, gains, predict, update
 from kalmanguard.records import FloatArray
 
 STEPS = 200
@@ -347,3 +347,19 @@ def test_matched_filter_is_consistent() -> None:
 def test_wrong_models_are_rejected(wrong: dict[str, float], above: bool) -> None:
     nis = total_nis(**wrong)
     assert nis > HIGH if above else nis < LOW
+
+
+@given(noises, noises, variances, variances)
+def test_gains_of_constant_noise_are_those_of_the_recursion_at_every_step(
+    level_noise: float, slope_noise: float, level: float, slope: float
+) -> None:
+    prior = Covariance(level, 0.0, slope)
+    table = gains(level_noise, slope_noise, prior)
+    state = Gaussian(0.0, 0.0, prior)
+    for step in range(min(len(table) + 50, 500)):
+        ahead = predict(state, 1.0, level_noise, slope_noise)
+        state = update(ahead, 1.0)
+        expected = table[min(step, len(table) - 1)]
+        assert expected.spread**2 == pytest.approx(ahead.covariance.level + 1.0, rel=1e-12)
+        assert state.level - ahead.level == pytest.approx(expected.level, rel=1e-12)
+        assert state.slope - ahead.slope == pytest.approx(expected.slope, rel=1e-9, abs=1e-12)

@@ -464,9 +464,7 @@ def test_veto_rollback_and_halt_can_be_subclassed() -> None:
             dropped.append(controls.decision.reason)
             super().apply(controls)
 
-    ladder = Recovery(
-        rungs=((Around(book), HoldLearningRate()),), on_halt=(Around(book), Gentle()), on_veto=(Noted(),)
-    )
+    ladder = Recovery(rungs=((Around(book), HoldLearningRate()),), on_halt=(Around(book), Gentle()), on_veto=(Noted(),))
     run = Run(
         settings=Settings(probe_examples=128, probe_every=5, snapshot_every=10, rollback_budget=2, recovery=ladder)
     )

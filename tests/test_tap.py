@@ -390,6 +390,25 @@ def test_hooks_are_removed_on_close_and_when_the_tap_is_forgotten() -> None:
     assert counts() == before
 
 
+def test_a_tap_that_dies_in_the_middle_of_a_step_does_not_break_that_step() -> None:
+    """The garbage collector may find it there, while torch iterates over the very hooks that are to be removed."""
+    gc.collect()
+    before = counts()
+    model, other = network(), network()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    forgotten = [OptimizerTap(model.parameters())]
+    handles = [torch_hooks.register_optimizer_step_pre_hook(lambda *_: forgotten.clear())]
+    handles.append(torch_hooks.register_optimizer_step_pre_hook(lambda *_: None))
+    gradients(other, 0)
+    optimizer.step()
+    assert not forgotten
+    assert counts() == (before[0] + 3, before[1] + 1)
+    for handle in handles:
+        handle.remove()
+    OptimizerTap(model.parameters()).close()
+    assert counts() == before
+
+
 def test_hooks_of_others_are_left_alone() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

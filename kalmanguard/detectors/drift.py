@@ -77,7 +77,7 @@ class DriftTest:
             sigma = max(state.scale.deviation, 1e-12, 1e-3 * abs(state.lowest))
             clipped = max(-3.0 * sigma, min(3.0 * sigma, deviation))
             x = max(-1.0, min(1.0, (loss - state.lowest) / sigma - MARGIN))
-            wealth = tuple((1.0 + rate * x) * (m + 1.0) for rate, m in zip(RATES, wealth, strict=True))
+            wealth = tuple([(1.0 + rate * x) * (m + 1.0) for rate, m in zip(RATES, wealth, strict=True)])
             statistic = sum(wealth) / len(RATES)
             alarm = statistic >= self.run_length
             risen_for = state.risen_for + 1 if statistic >= _SMALL_FRAC * self.run_length else 0

@@ -13,11 +13,15 @@ on the noise *ratios* alone, and k coordinates with equal ratios share one covar
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
 from kalmanguard.records import FloatArray
 
 X = TypeVar("X", float, FloatArray)
+#: Relative change of the gains in one step below which they have settled, and the longest table.
+_SETTLED, _LONGEST = 1e-15, 20_000
 
 
 class Covariance(NamedTuple):
@@ -67,3 +71,35 @@ def update(state: Gaussian[X], innovation: X, noise: float = 1.0) -> Gaussian[X]
         state.slope + slope_gain * innovation,
         Covariance((1.0 - gain) * p.level, (1.0 - gain) * p.cross, p.slope - slope_gain * p.cross),
     )
+
+
+class Gains(NamedTuple):
+    """What a filter with constant noise does at one step: spread of the innovation, gains of the level and the slope.
+
+    The spread is the innovation's standard deviation in units of that of the measurement noise.
+    """
+
+    spread: float
+    level: float
+    slope: float
+
+
+@lru_cache(maxsize=32)
+def gains(level_noise: float, slope_noise: float, prior: Covariance) -> tuple[Gains, ...]:
+    """The gains at every step of unit length until they have settled; from then on the last ones hold.
+
+    The covariance of a linear filter does not depend on the data, so a filter with constant noise needs no more than
+    this table. It is filled by `predict` and `update`.
+    """
+    state = Gaussian(0.0, 0.0, prior)
+    table: list[Gains] = []
+    for _ in range(_LONGEST):
+        ahead = predict(state, 1.0, level_noise, slope_noise)
+        state = update(ahead, 0.0)
+        p = ahead.covariance
+        total = p.level + 1.0
+        new = Gains(math.sqrt(total), p.level / total, p.cross / total)
+        if table and all(abs(a - b) <= _SETTLED * abs(a) for a, b in zip(new, table[-1], strict=True)):
+            break
+        table.append(new)
+    return tuple(table)

@@ -6,14 +6,19 @@ import math
 from typing import NamedTuple
 
 from kalmanguard.estimators.noise import CLIP, Scale, track
-from kalmanguard.estimators.statespace import Covariance, Gaussian, predict, update
+from kalmanguard.estimators.statespace import Covariance, gains
 from kalmanguard.records import Innovation
+
+#: Variances of level and slope after the first value, in units of the measurement noise variance.
+_PRIOR = Covariance(1.0, 0.0, 0.01)
 
 
 class TrendState(NamedTuple):
-    """``gaussian`` is ``None`` before the first value."""
+    """``level`` is ``None`` before the first value; ``age`` counts the updates until the gains have settled."""
 
-    gaussian: Gaussian[float] | None = None
+    level: float | None = None
+    slope: float = 0.0
+    age: int = 0
     scale: Scale = Scale()
 
 
@@ -62,18 +67,17 @@ class TrendFilter:
         floor_frac: float = 0.0,
     ) -> None:
         self.channel = channel
-        self._level_noise, self._slope_noise = level_noise, slope_noise
+        self._gains = gains(level_noise, slope_noise, _PRIOR)
+        self._settled = len(self._gains) - 1
         self._memory, self._floor, self._floor_frac = memory, floor, floor_frac
 
     def step(self, state: TrendState, value: float) -> tuple[TrendState, Innovation]:
         """Take in one finite value; the innovation is judged by the scale known *before* it."""
-        if state.gaussian is None:
-            prior = Gaussian(value, 0.0, Covariance(1.0, 0.0, 0.01))
-            return TrendState(prior, state.scale), Innovation(self.channel, 0.0, 1.0)
-        ahead = predict(state.gaussian, 1.0, self._level_noise, self._slope_noise)
-        level = ahead.level
+        if state.level is None:
+            return state._replace(level=value), Innovation(self.channel, 0.0, 1.0)
+        spread, gain, slope_gain = self._gains[state.age]
+        level = state.level + state.slope
         innovation = value - level
-        spread = math.sqrt(ahead.covariance.level + 1.0)
         floor = self._floor
         if self._floor_frac:
             floor = max(floor, self._floor_frac * abs(level))
@@ -86,6 +90,11 @@ class TrendFilter:
         if state.scale.seen >= 3 and not -limit <= innovation <= limit:
             clipped = math.copysign(limit, innovation)
         return (
-            TrendState(update(ahead, clipped), track(state.scale, innovation / spread, self._memory)),
+            TrendState(
+                level + gain * clipped,
+                state.slope + slope_gain * clipped,
+                state.age + 1 if state.age < self._settled else state.age,
+                track(state.scale, innovation / spread, self._memory),
+            ),
             Innovation(self.channel, innovation, scale if state.scale.seen else max(abs(innovation), floor)),
         )

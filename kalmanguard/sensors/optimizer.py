@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -248,7 +250,28 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return total
 
 
+#: Handles of taps that died in the middle of an optimizer's step; their hooks do nothing any more.
+_DEFERRED: list[list[Any]] = []
+
+
 def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
+    """Remove hooks, or have that done later when an optimizer is stepping: torch is iterating over them then.
+
+    A forgotten tap dies whenever the garbage collector finds it, which may be inside a step of any other optimizer.
+    """
+    _DEFERRED.append(handles)
+    if any(_is_stepping(frame) for frame in sys._current_frames().values()):
+        return
+    while _DEFERRED:
+        dead = _DEFERRED.pop()
+        for handle in dead:
+            handle.remove()
+        dead.clear()
+
+
+def _is_stepping(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == hooks.__file__:
+            return True
+        frame = frame.f_back
+    return False
