@@ -23,6 +23,8 @@ from kalmanguard.settings import Settings
 
 #: Steps after which the sensors' own cost is fitted to the budget, and after which the cadences are set.
 _FIT_AT, _COSTS_AT = 5, 25
+#: Largest logarithm of a gradient norm that is a float again.
+_LARGEST_LOG = 700.0
 #: Latest events that are kept at hand for a report; all of them stand in the journal.
 _EVENTS = 1000
 
@@ -157,7 +159,7 @@ class Loop:
         trend = self.state.estimators.gradient
         if trend.level is None or trend.scale.seen < 10:
             return math.inf
-        return math.exp(trend.level + 3.0 * trend.scale.deviation)
+        return math.exp(min(trend.level + 3.0 * trend.scale.deviation, _LARGEST_LOG))
 
     def _act(self, decision: Decision) -> Decision:
         orders, tap = decision.orders, self.tap
@@ -176,10 +178,8 @@ class Loop:
     def _keep(self, decision: Decision) -> None:
         try:
             self.actuator.keep(decision.orders, decision.step)
-            if decision.orders.certified:
-                # A checkpoint must not outlive the records of the steps that led to it.
-                self._journal(self.journal.flush)
-                self.actuator.checkpoint(decision.step, clean=True)
+            if decision.orders.certified and decision.level is not Level.SUSPECT:
+                self._checkpoint(decision.step)
         except Exception as fault:
             # The engine must not count on a state that the ring does not hold.
             self._snapshot_failed = decision.step not in self.actuator.ring.steps()
@@ -197,30 +197,42 @@ class Loop:
         controls.drop = drop
         self._report(self.actuator.veto(controls))
 
+    def _checkpoint(self, step: int) -> None:
+        # A checkpoint must not outlive the records of the steps that led to it.
+        self._journal(self.journal.flush)
+        self.actuator.checkpoint(step, clean=True)
+
     def _roll_back(self, first: Decision) -> Decision:
         """Run the rung's actions: the first one restores, the others act on what was restored."""
         self.actuator.freeze()
         self.actuator.keep(first.orders, first.step)
         controls = self.actuator.controls(first, clip_value=self.clip_value(), hold_steps=0)
-        restored: list[Decision] = []
 
         def restore() -> None:
-            if restored:
+            if controls.restored:
                 return
-            restored.append(self._restore_a_sound_state(first))
-            controls.decision = restored[0]
+            try:
+                controls.decision = self._restore_a_sound_state(first)
+            except RestoreFailed:
+                raise
+            except Exception as fault:
+                raise RestoreFailed(f"{type(fault).__name__}: {fault}") from fault
+            controls.restored = True
             controls.restored_rates = self.actuator.restored_rates()
             controls.clip_value, controls.hold_steps = self.clip_value(), self.state.ledger.ladder.hold
             # The state is a good one again, and may be saved; a halted run keeps what it has then.
             self.actuator.thaw()
 
-        controls.restore = restore
+        def halt() -> None:
+            if self.state.ledger.mode is Mode.HALTED:
+                self.actuator.halt()
+
+        controls.restore, controls.halt = restore, halt
         try:
             failures = self.actuator.recover(controls)
-            if not restored:
-                raise RestoreFailed("no action of the rung has called restore()")
         except RestoreFailed as fault:
             return self._not_restored(first, fault)
+        halt()  # in any case, whatever the actions did
         self._report(failures)
         return controls.decision
 
@@ -235,7 +247,7 @@ class Loop:
                 raise RestoreFailed(f"step {restored}: {type(fault).__name__}: {fault}") from fault
             certified = any(s.certified for s in self.state.ledger.slots if s.step == restored)
             check = outcome.action is Action.ROLLBACK and not certified
-            probe = self.read_probe() if check else None
+            probe = self._probe_if_possible() if check else None
             decision = self.feed(Measurement(step=first.step, outcome=outcome, probe=probe, objective=self.objective))
             if outcome.action is Action.HALT:
                 break
@@ -250,6 +262,14 @@ class Loop:
             restored_step=restored,
             orders=dataclasses.replace(first.orders, restore=restored),
         )
+
+    def _probe_if_possible(self) -> ProbeReading | None:
+        """Probe; a state that was restored is one also when its probe cannot be read."""
+        try:
+            return self.read_probe()
+        except Exception as fault:
+            self.incidents.report(self.step, f"the restored state was not probed: {fault}", fault)
+            return None
 
     def _report(self, failures: list[str]) -> None:
         for failure in failures:
@@ -276,7 +296,7 @@ class Loop:
         if self.protects and at not in self.actuator.ring.steps():
             self.actuator.keep(decision.orders, at)
             if decision.orders.certified:
-                self.actuator.checkpoint(at, clean=True)
+                self._checkpoint(at)
 
     def _fit_sensors(self) -> None:
         """Once, early in warm-up: a probe and a sketch that cost more than their share of a step are thinned out.
@@ -301,6 +321,8 @@ class Loop:
 
     def _measured_costs(self) -> Costs | None:
         if self._costs is not None or self.step < _COSTS_AT or not self.timings.probes_s:
+            return None
+        if self.protects and not self.actuator.capture_s:
             return None
         slots = 2
         if self.protects:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-#: In `Measurement.tampered`: one step changed the parameters by as much as their own norm.
+#: In `Measurement.tampered`: one step moved the parameters by more than ten times their own norm.
 OVERWRITE = "overwrite"
 
 

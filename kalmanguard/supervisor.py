@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from kalmanguard.certificate.verify import Report
 
 _NEVER = -(1 << 40)
+#: Of `Supervisor.state_dict`; another one than before wherever the state of the engine has another shape.
+_STATE_FORMAT = 2
 
 
 class Supervisor:
@@ -309,7 +311,7 @@ class Supervisor:
         """
         loop = self._loop
         held = loop.actuator.ring.steps()
-        certified = [s.step for s in loop.state.ledger.slots if s.certified and s.step in held]
+        certified = [s.step for s in loop.state.ledger.slots if s.certified and not s.suspect and s.step in held]
         target = step if step is not None else (certified[-1] if certified else None)
         if target is None or target not in held:
             wanted = "certified state" if step is None else f"snapshot of step {step}"
@@ -526,7 +528,7 @@ class Supervisor:
         """The supervisor's own state as plain values, for a checkpoint of yours; snapshots are not part of it."""
         loop = self._loop
         return {
-            "format": 1,
+            "format": _STATE_FORMAT,
             "step": loop.step,
             "objective": loop.objective,
             "engine": statefile.dump(loop.state),
@@ -545,9 +547,10 @@ class Supervisor:
             The state is of another format or another probe set.
         """
         loop = self._loop
-        if state.get("format") != 1:
+        if state.get("format") != _STATE_FORMAT:
             raise ConfigurationError(
-                f"The supervisor's saved state has format {state.get('format')!r}; this version reads format 1."
+                f"The supervisor's saved state has format {state.get('format')!r}; this version reads format "
+                f"{_STATE_FORMAT}."
             )
         examples = int(state["probe_examples"])
         if state["probe"] != loop.probe.digest_of(examples):
@@ -580,7 +583,8 @@ class Supervisor:
         loop.tap.close()
         try:
             ledger, held = loop.state.ledger, loop.actuator.ring.steps()
-            certified = [s.step for s in ledger.slots if s.certified and s.step in held]
+            certified = [s.step for s in ledger.slots if s.certified and not s.suspect and s.step in held]
+            loop.journal.flush()
             if certified and ledger.episode is None and ledger.mode is not Mode.HALTED:
                 loop.actuator.checkpoint(certified[-1], clean=True, force=True)
             statistics = {k: v for k, v in self.statistics().items() if not isinstance(v, float) or math.isfinite(v)}

@@ -19,6 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalmanguard import statefile
+from kalmanguard.control.envelope import Envelope
+from kalmanguard.control.judgement import Judge, Verdict
+from kalmanguard.control.ledger import Episode
 from kalmanguard.engine import STATISTICS, Engine, EngineState
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.journal.codec import pack
@@ -529,6 +532,98 @@ def test_without_a_training_loss_overfitting_is_never_inferred() -> None:
     for m in healthy(800):
         flight.step(dataclasses.replace(m, loss=None))
     assert not any(e.detector == "overfitting" for d in flight.decisions for e in d.evidence)
+
+
+# -- how soon harm is confirmed ----------------------------------------------------------------------------------------
+
+
+def first_harm(flight: Flight) -> tuple[int, float]:
+    """Step of the first proposed rollback, and the share of the progress that was lost there."""
+    decision = next(d for d in flight.decisions if d.proposed is Action.ROLLBACK)
+    y, start, best = (statistic(decision, name) for name in ("y", "y0", "y_best"))
+    return decision.step, (y - best) / (start - best)
+
+
+def climb(per_step: float, *, rate: float = 0.1, loss: float = 0.0) -> Flight:
+    """From step 200 on the held-out loss climbs, at another learning rate, or with a training loss that is off."""
+    good = descent()
+    turn = good(200)
+    flight = Flight(from_step(200, lambda s: turn + per_step * (s - 200), good), protect=False)
+    for m in healthy(330):
+        if m.step >= 200:
+            assert m.loss is not None
+            m = dataclasses.replace(m, loss=m.loss + loss, learning_rates=(rate,))
+        flight.step(m)
+    return flight
+
+
+def test_harm_under_a_learning_rate_that_was_never_certified_is_confirmed_sooner() -> None:
+    late, raised = first_harm(climb(0.008, loss=0.3)), first_harm(climb(0.008, loss=0.3, rate=0.4))
+    assert raised[0] < late[0]
+    assert raised[1] < 0.1 < late[1]
+
+
+def test_harm_that_is_about_to_leave_the_envelope_is_not_waited_for() -> None:
+    """An eighth of the progress a step: the next step would be outside, and the training loss says why."""
+    alone, explained = first_harm(climb(0.12)), first_harm(climb(0.12, loss=5.0))
+    assert explained[0] < alone[0]
+    assert explained[1] < 0.2, "confirmed inside the envelope"
+
+
+def test_what_falls_back_is_not_about_to_leave() -> None:
+    episode = Episode(onset=1, last=5, explained=True, y=0.40)
+    verdict = Verdict(y=0.35, envelope=Envelope(1.0, 0.1, 0.2, 0.0))
+    assert not Judge._leaves(verdict, episode, 4)
+    assert Judge._leaves(verdict._replace(y=0.45), episode, 4)
+    assert Judge._leaves(verdict._replace(y=0.28), episode._replace(y=0.24), 2)
+    assert not Judge._leaves(verdict._replace(y=0.28), episode._replace(y=0.275), 2)
+
+
+def test_a_restored_run_is_held_closer_until_its_ladder_is_settled() -> None:
+    good = descent()
+    flight = Flight(lambda s: good(s) + (3.0 if 141 <= s < 145 else 0.0))
+    trials: list[tuple[Mode, bool, bool]] = []
+    for m in healthy(500):
+        if m.step == 141:
+            m = dataclasses.replace(m, loss=30.0)
+        decision = flight.step(m)
+        ledger = flight.state.ledger
+        if not math.isnan(statistic(decision, "y")) and decision.proposed is Action.ACCEPT:
+            at_best = ProbeReading(np.full(EXAMPLES, ledger.best))
+            reached = Judge(Settings()).judge(flight.state.estimators, ledger, m, at_best)[2]
+            assert reached.envelope is not None
+            closer = max(ledger.ladder.level, ledger.best) + 0.125 * reached.envelope.allowance
+            expected = min(closer, reached.envelope.bound) if ledger.ladder.score else reached.envelope.bound
+            assert reached.bound == pytest.approx(expected, rel=1e-12)
+            trials.append((decision.mode, ledger.ladder.score > 0, closer < reached.envelope.bound))
+    assert (Mode.RECOVERING, True, True) in trials
+    assert (Mode.WATCHING, True, True) in trials, "released, and still on trial"
+    assert trials[-1][:2] == (Mode.WATCHING, False)
+
+
+def test_the_first_step_of_a_suspicion_is_kept_for_a_halt_and_not_for_a_rollback() -> None:
+    """The best state there is may have poisoned moments: a rollback goes behind it, a false alarm clears it."""
+    for harmed in (True, False):
+        good = descent()
+        flight = Flight(lambda s, good=good, harmed=harmed: good(s) + (3.0 if harmed and s > 143 else 0.0))
+        for m in healthy(200):
+            m = dataclasses.replace(m, costs=Costs(0.1, 0.05, 0.001, 6) if m.step == 30 else None)
+            if m.step in (143, 144):
+                m = dataclasses.replace(m, loss=30.0)
+            decision = flight.step(m)
+            if m.step == 143:
+                (slot,) = (s for s in flight.state.ledger.slots if s.suspect)
+                assert slot.step == 143
+                assert slot.certified
+                assert slot.level == min(s.level for s in flight.state.ledger.slots)
+            if decision.proposed is Action.ROLLBACK:
+                assert harmed
+                assert decision.orders.restore is not None
+                assert decision.orders.restore < 143
+                assert 143 in {s.step for s in flight.state.ledger.slots}
+                break
+        if not harmed:
+            assert not any(s.suspect for s in flight.state.ledger.slots)
 
 
 def test_a_new_objective_begins_anew() -> None:

@@ -361,9 +361,8 @@ def test_two_writers_cannot_fork_the_chain(tmp_path: Path) -> None:
     second = JournalWriter.resume(tmp_path)
     first.step(*plain_step(6))
     first.flush()
-    second.step(*plain_step(7))
     with pytest.raises(JournalError, match="one writer"):
-        second.flush()
+        second.record("note", 7, {})
     second.step(*plain_step(8))  # raised once; from then on it is silent
     assert second.failed
     second.close()
@@ -396,48 +395,81 @@ def test_a_reader_follows_the_writer_and_never_blocks_it(tmp_path: Path) -> None
         assert reader.check_chain() == 1501
 
 
-def test_uneventful_steps_wait_for_each_other_but_not_for_long(tmp_path: Path) -> None:
+def test_uneventful_steps_wait_for_each_other_but_not_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("kalmanguard.journal.writer.time.monotonic", lambda: clock[0])
     journal = JournalWriter(tmp_path)
     journal.write_header({"format": 1})
     with JournalReader(tmp_path) as reader:
         journal.step(*plain_step(1))
+        assert len(reader) == 2, "the first of a loop that may be slow"
         journal.step(*plain_step(2))
-        assert (len(reader), journal.rows) == (1, 3)
-        measurement, decision = plain_step(3)
+        journal.step(*plain_step(3))
+        assert (len(reader), journal.rows) == (2, 4)
+        measurement, decision = plain_step(4)
         journal.step(measurement, dataclasses.replace(decision, level=Level.SUSPECT))
-        assert len(reader) == journal.rows == 4
-        journal.step(*plain_step(4))
-        time.sleep(WAIT_S)
+        assert len(reader) == journal.rows == 5
         journal.step(*plain_step(5))
-        assert len(reader) == journal.rows == 6
-        journal.step(*plain_step(6))
-        journal.record("note", 6, {})
-        assert len(reader) == 8
-        journal.step(*plain_step(7))
+        assert len(reader) == 5
+        for step in range(6, 9):
+            clock[0] += WAIT_S
+            journal.step(*plain_step(step))
+            assert len(reader) == journal.rows == step + 1, "a slow loop keeps nothing back"
+        journal.step(*plain_step(9))
+        journal.record("note", 9, {})
+        assert len(reader) == 11
+        for step in range(10, 10 + BATCH):
+            assert len(reader) == 11
+            journal.step(*plain_step(step))
+        assert len(reader) == 11 + BATCH
+        journal.step(*plain_step(10 + BATCH))
         assert journal.head == list(reader.rows())[-1].digest.hex()
-        journal.step(*plain_step(8))
+        journal.step(*plain_step(11 + BATCH))
         journal.abandon()
-        assert reader.check_chain() == 10
+        assert reader.check_chain() == 13 + BATCH
 
 
-EXCEPTION = """
-import sys
-from kalmanguard.journal import JournalWriter
-from kalmanguard.records import *
-journal = JournalWriter(sys.argv[1])
-journal.write_header({"format": 1})
-for step in (1, 2, 3):
-    journal.step(Measurement(step), Decision(step, Action.ACCEPT, Action.ACCEPT, Level.NOMINAL, Mode.WATCHING, "fine"))
-raise RuntimeError("the training loop failed")
-"""
-
-
-def test_a_program_that_dies_of_an_exception_loses_no_step(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", EXCEPTION, str(tmp_path)], capture_output=True, check=False)
-    assert done.returncode == 1
+def test_the_closing_record_counts_the_steps_that_waited(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.write_header({"format": 1})
+    for step in range(1, 6):
+        journal.step(*plain_step(step))
+    journal.close()
     with JournalReader(tmp_path) as reader:
-        assert reader.check_chain() == 4
-        assert not reader.complete
+        last = list(reader.rows())[-1]
+        assert (last.kind, last.step, last.data()["rows"]) == ("close", 5, 7) == ("close", 5, len(reader))
+
+
+def test_an_interrupt_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    journal = JournalWriter(tmp_path)
+    journal.write_header({"format": 1})
+    journal.step(*plain_step(1))
+    with monkeypatch.context() as patch:
+        patch.setattr("kalmanguard.journal.writer.chained", interrupted)
+        for step in range(2, 4):
+            journal.step(*plain_step(step))
+        with pytest.raises(KeyboardInterrupt):
+            journal.flush()
+    journal.step(*plain_step(4))
+    journal.close()
+    with JournalReader(tmp_path) as reader:
+        assert [m.step for m, _ in reader.steps()] == [1, 2, 3, 4]
+        assert reader.complete
+
+
+def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path)
+    journal.write_header({"format": 1})
+    for step in range(1, 4):
+        journal.step(*plain_step(step))
+    journal._process += 1  # as it looks from a child
+    journal.flush()
+    journal._process -= 1
+    with JournalReader(tmp_path) as reader:
+        assert len(reader) == 2
 
 
 # --- what kills runs --------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def nan_gradient(run: Run, step: int) -> None:
 
 
 def ruin(run: Run) -> Decision:
-    """Make a weight nan and go on until that is undone: parameters are looked at in every other step at least."""
+    """Make a weight nan and go on until that is undone: parameters are sketched in every fourth step at least."""
     decision = run.step(after=nan_weight)
     for _ in range(3):
         if decision.rolled_back:
@@ -442,12 +442,13 @@ class Around(Rollback):
         self.book = book
 
     def apply(self, controls: Controls) -> None:
-        before = controls.decision.restored_step
         broken = not all(bool(p.isfinite().all()) for p in controls.model.parameters())
         super().apply(controls)
         super().apply(controls)  # the second call does nothing
         mended = all(bool(p.isfinite().all()) for p in controls.model.parameters())
-        self.book.append((before, broken, controls.decision.restored_step, mended))
+        assert controls.restored
+        assert controls.decision.restored_step is not None
+        self.book.append((broken, mended))
 
 
 def test_veto_rollback_and_halt_can_be_subclassed() -> None:
@@ -478,7 +479,8 @@ def test_veto_rollback_and_halt_can_be_subclassed() -> None:
         run.go(60, after=nan_weight)
     assert dropped[1:] == ["halted"]
     assert len(book) >= 2
-    assert all(broken and mended and step is not None for _, broken, step, mended in book)
+    assert all(broken and mended for broken, mended in book)
+    assert run.supervisor.statistics()["rollbacks"] == len(book), "the second call of restore() does nothing"
     run.supervisor.close()
 
 
@@ -493,7 +495,8 @@ class Blind(Veto):
 
 
 def test_a_rollback_that_restores_nothing_is_said_and_a_veto_is_always_carried_out(tmp_path: Path) -> None:
-    ladder = Recovery(rungs=((Lazy(), HoldLearningRate()),), on_veto=(Blind(),))
+    book: list[Any] = []
+    ladder = Recovery(rungs=((Lazy(), Note(book)),), on_veto=(Blind(),))
     settings = Settings(probe_examples=128, probe_every=5, snapshot_every=10, recovery=ladder)
     run = Run(settings=settings, run_dir=tmp_path)
     run.go(60)
@@ -505,7 +508,39 @@ def test_a_rollback_that_restores_nothing_is_said_and_a_veto_is_always_carried_o
     run.supervisor.close()
     with JournalReader(tmp_path) as reader:
         texts = [row.data()["text"] for row in reader.rows("error")]
-    assert any("no action of the rung has called restore()" in text for text in texts)
+    assert any("Lazy() has not called restore()" in text for text in texts)
+    assert not book, "nothing acts on a state that was not restored"
+
+
+class Forgetful(Halt):
+    def apply(self, controls: Controls) -> None:
+        """Forget to call the base class."""
+
+
+def test_a_halt_is_always_carried_out() -> None:
+    ladder = Recovery(rungs=((HoldLearningRate(),),), on_halt=(Forgetful(),))
+    run = Run(settings=Settings(probe_every=5, snapshot_every=10, rollback_budget=1, recovery=ladder))
+    run.go(60)
+    with pytest.raises(TrainingHalted):
+        run.go(60, after=nan_weight)
+    actuator = run.supervisor._loop.actuator
+    assert actuator._limit._releasing, "limits are on their way out"
+    run.supervisor.close()
+
+
+def test_a_fault_in_a_veto_still_drops_the_update() -> None:
+    run = Run(
+        settings=Settings(probe_every=5, snapshot_every=10, strict=True, recovery=Recovery(((),), on_veto=(Blind(),)))
+    )
+    run.go(40)
+    weights = run.weights()
+    with pytest.raises(KalmanguardError, match="this veto is broken"):
+        run.step(before=nan_gradient)
+    assert run.weights() == weights
+    run.optimizer.zero_grad()
+    run.go(3)
+    assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
+    run.supervisor.close()
 
 
 def test_an_action_that_fails_does_not_stop_the_others() -> None:
@@ -838,7 +873,7 @@ def test_a_saved_state_that_does_not_fit_is_refused(runs: list[Run]) -> None:
     runs.append(run)
     run.go(5)
     saved = run.supervisor.state_dict()
-    with pytest.raises(ConfigurationError, match="format 7; this version reads format 1"):
+    with pytest.raises(ConfigurationError, match="format 7; this version reads format 2"):
         run.supervisor.load_state_dict({**saved, "format": 7})
     with pytest.raises(ConfigurationError, match="another probe set"):
         run.supervisor.load_state_dict({**saved, "probe": "0" * 64})

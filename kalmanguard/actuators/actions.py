@@ -58,6 +58,8 @@ class Controls:
         does nothing.
     halt
         Ends supervision: limits are lifted, and the durable checkpoints stay as they are.
+    restored
+        Whether `restore` has been carried out.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Controls:
     drop: Callable[[], None] = _nothing
     restore: Callable[[], None] = _nothing
     halt: Callable[[], None] = _nothing
+    restored: bool = False
 
 
 class RecoveryAction(ABC):
@@ -243,6 +246,7 @@ class Recovery:
         Actions per rung, mildest first; one without a `Rollback` begins with a plain one.
     on_halt
         Actions of a halt; a `Rollback` at the beginning and a `Halt` at the end are added where they are missing.
+        Neither may stand anywhere else, nor a `Veto` in a rung or a halt.
     on_veto
         Actions when a proposed update is dropped; a `Veto` is added at the end if there is none.
 
@@ -260,13 +264,20 @@ class Recovery:
     def __post_init__(self) -> None:
         if not self.rungs:
             raise ConfigurationError("A recovery ladder needs at least one rung; () is a rung that only rolls back.")
-        object.__setattr__(self, "rungs", tuple(_restoring(f"rung {i}", rung) for i, rung in enumerate(self.rungs)))
-        on_halt = _restoring("on_halt", self.on_halt)
+        on_halt, on_veto = self.on_halt, self.on_veto
         if not any(isinstance(action, Halt) for action in on_halt):
             on_halt = (*on_halt, Halt())
-        object.__setattr__(self, "on_halt", on_halt)
-        if not any(isinstance(action, Veto) for action in self.on_veto):
-            object.__setattr__(self, "on_veto", (*self.on_veto, Veto()))
+        if not any(isinstance(action, Veto) for action in on_veto):
+            on_veto = (*on_veto, Veto())
+        object.__setattr__(self, "rungs", tuple(map(_restoring, self.rungs)))
+        object.__setattr__(self, "on_halt", _restoring(on_halt))
+        object.__setattr__(self, "on_veto", on_veto)
+        for number, rung in enumerate(self.rungs):
+            _refuse(f"rung {number}", rung[1:], (Rollback, Halt, Veto))
+        _refuse("on_halt", self.on_halt[1:-1], (Rollback, Halt, Veto))
+        _refuse("on_veto", self.on_veto, (Rollback, Halt))
+        if not isinstance(self.on_halt[-1], Halt):
+            raise ConfigurationError(f"on_halt ends with {self.on_halt[-1].describe()}; put the Halt last.")
 
     def actions(self, rung: int) -> tuple[RecoveryAction, ...]:
         """Actions of a rung; rungs above the last one are the last one."""
@@ -296,13 +307,14 @@ class Recovery:
         )
 
 
-def _restoring(where: str, actions: tuple[RecoveryAction, ...]) -> tuple[RecoveryAction, ...]:
-    rollbacks = [isinstance(action, Rollback) for action in actions]
-    if not any(rollbacks):
-        return (Rollback(), *actions)
-    if rollbacks.count(True) > 1 or not rollbacks[0]:
-        raise ConfigurationError(
-            f"{where} has {rollbacks.count(True)} Rollback actions, the first at place {rollbacks.index(True) + 1}: "
-            "exactly one, at the first place, is allowed, since the others act on the restored state."
-        )
-    return actions
+def _restoring(actions: tuple[RecoveryAction, ...]) -> tuple[RecoveryAction, ...]:
+    return actions if actions and isinstance(actions[0], Rollback) else (Rollback(), *actions)
+
+
+def _refuse(where: str, actions: tuple[RecoveryAction, ...], kinds: tuple[type[RecoveryAction], ...]) -> None:
+    for action in actions:
+        if isinstance(action, kinds):
+            raise ConfigurationError(
+                f"{where} has {action.describe()} at the wrong place: a Rollback comes first, in rungs and on_halt, a "
+                "Halt last, in on_halt, and a Veto belongs to on_veto."
+            )

@@ -138,7 +138,6 @@ class Actuator:
             tap=self._tap,
             checkpoint=lambda: self._store_path() if self.store is not None else None,
             generator=self._generator,
-            halt=self._halt,
         )
 
     def restored_rates(self) -> tuple[tuple[float, ...], ...]:
@@ -157,7 +156,11 @@ class Actuator:
         halting = controls.decision.proposed is Action.HALT
         pending = list(self._recovery.on_halt if halting else self._recovery.actions(controls.decision.orders.rung))
         while pending:
-            failures += _apply(pending.pop(0), controls)
+            action = pending.pop(0)
+            failures += _apply(action, controls)
+            if not controls.restored:
+                why = failures[-1] if failures else f"{action.describe()} has not called restore()"
+                raise RestoreFailed(why)
             if not halting and controls.decision.proposed is Action.HALT:
                 # No older state was sound: what follows is a halt, and its own rollback has nothing left to do.
                 halting, pending = True, list(self._recovery.on_halt)
@@ -165,12 +168,10 @@ class Actuator:
 
     def veto(self, controls: Controls) -> list[str]:
         """Run the actions of a veto; returns what went wrong."""
-        failures = [failure for action in self._recovery.on_veto for failure in _apply(action, controls)]
-        controls.drop()
-        return failures
+        return [failure for action in self._recovery.on_veto for failure in _apply(action, controls)]
 
-    def _halt(self) -> None:
-        # Whoever trains on does so unsupervised, and with a learning rate of their own.
+    def halt(self) -> None:
+        """Whoever trains on does so unsupervised, and with a learning rate of their own."""
         self.release()
         self.freeze()
 

@@ -96,7 +96,7 @@ class Judge:
             assert e.reference is not None
             error, seen = paired_standard_error(probe.losses, e.reference), ledger.standard_error
             ledger = ledger._replace(standard_error=error if seen == 0 else seen + _ERROR_GAIN * (error - seen))
-        # The filtered level, not the luckiest probe; never below what the probe itself has shown.
+        # The filtered level, which differs little from the probe; never below what the probe itself has shown.
         level = max(e.probe.gaussian.level, y)
         ledger = ledger._replace(best=min(ledger.best, level), last_accepted=m.step, declined=False)
         return e._replace(reference=probe.losses), ledger, verdict._replace(level=level)
@@ -202,7 +202,7 @@ class Judge:
                 overfitting=True, evidence=(*verdict.evidence, advice)
             )
         patience = self._settings.patience
-        if verdict.broken and ledger.excursion.fired_at > 1.0:
+        if verdict.broken and raised:
             confirmed = True
         elif give_back > max(0.5, 2.5 * self._settings.give_back):
             confirmed = episode.explained or (episode.broken >= 2 and excess > 0.8 * previous)
@@ -230,7 +230,8 @@ class Judge:
     def _leaves(verdict: Verdict, episode: Episode, elapsed: int) -> bool:
         """Whether the next step leaves the envelope if harm goes on to double, as it does while momentum builds up."""
         assert verdict.envelope is not None
-        return verdict.y + 2.0 * (verdict.y - episode.y) / elapsed > verdict.envelope.bound
+        risen = verdict.y - episode.y
+        return risen > 0 and verdict.y + 2.0 * risen / elapsed > verdict.envelope.bound
 
     def is_back(self, ledger: Ledger, y: float) -> bool:
         """Whether a restored run is where it was restored to, or better, within the probe's noise."""
@@ -253,7 +254,8 @@ class Judge:
             if episode is None:
                 return ledger
             if m.step - episode.last >= _QUIET and ledger.excursion.fired_at == 1.0:
-                return ledger._replace(episode=None)
+                # It came to nothing, so a state that was captured in it is as good as any other.
+                return ledger._replace(episode=None, slots=tuple(s._replace(suspect=False) for s in ledger.slots))
             episode = episode._replace(broken=0, worst=0.0, excess=math.inf)
         elif episode is None:
             episode = Episode(max(ledger.last_accepted + 1, 1), m.step, explained=False)

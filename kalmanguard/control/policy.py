@@ -195,7 +195,7 @@ class Policy:
             gone = to_evict(kept, m.step, ledger.capacity, certified=verdict.accepted)
             evict = (*gone, *(s.step for s in kept if s.step == m.step))
             best = verdict.level if verdict.accepted else math.inf
-            slot = Slot(m.step, verdict.accepted, best, suspect=ledger.episode is not None and m.step > 0)
+            slot = Slot(m.step, verdict.accepted, best, suspect=ledger.episode is not None and m.outcome is None)
             ledger = ledger._replace(slots=(*(s for s in kept if s.step not in evict), slot), last_snapshot=m.step)
         gate = settings.gate_ratio * largest_gradient if ledger.warm and largest_gradient > 0 else math.inf
         level = _level(ledger, m, verdict, evidence)
@@ -272,7 +272,7 @@ def _target(slots: tuple[Slot, ...], onset: int, rung: int | None, y: float) -> 
     eligible = [s for s in better if s.step < onset and not s.suspect and (rung == 0 or s.certified)]
     if eligible:
         return eligible[max(0, len(eligible) - 1 - rung)].step
-    fallback = min((s for s in better if s.certified), key=lambda s: s.level, default=None)
+    fallback = min((s for s in better if s.certified), key=lambda s: (s.suspect, s.level), default=None)
     return fallback.step if fallback is not None else None
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
 import os
 import sqlite3
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
@@ -26,8 +23,8 @@ from kalmanguard.records import Decision, Level, Measurement
 _INSERT = f"INSERT INTO records ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 _LAST = f"SELECT {COLUMNS} FROM records ORDER BY seq DESC LIMIT 2"
 _RESERVED = frozenset({"header", "step", "close"})
-#: So many uneventful steps are committed together, or those of so many seconds: in a training loop, whose own work
-#: evicts the database from the caches, a commit takes 0.2 ms, with one row or with eight.
+#: So many uneventful steps are committed together, unless the last commit is so many seconds ago: in a training loop,
+#: whose own work evicts the database from the caches, a commit takes 0.2 ms, with one row or with eight.
 BATCH = 8
 WAIT_S = 0.1
 _UNEVENTFUL = (Level.NOMINAL, Level.WARMUP)
@@ -37,9 +34,10 @@ _UNEVENTFUL = (Level.NOMINAL, Level.WARMUP)
 class JournalWriter:
     """Appends a run's records to ``journal.sqlite``, each bound to the one before by its digest.
 
-    Uneventful steps are committed together, at most eight and those of a tenth of a second; whatever else is written,
-    suspicions and interventions above all, is committed with them before the call returns. So ``kill -9`` loses at
-    most the last seven uneventful steps. `sync` makes everything durable against the loss of the machine.
+    Uneventful steps of loops faster than ten steps a second are committed together, at most eight; whatever else is
+    written, suspicions and interventions above all, is committed with them before the call returns. So ``kill -9``
+    loses at most the last seven uneventful steps, and none in slower loops. `sync` makes everything durable against
+    the loss of the machine.
 
     The first failure to write (disk full, folder gone, a second writer) is raised as `JournalError`, with nothing
     half-written; from then on the writer is ``failed`` and ignores what it is given, so that the run it records can go
@@ -112,7 +110,6 @@ class JournalWriter:
             raise failure(self.path or "(temporary)", "opened for writing", error) from error
         self._connection: sqlite3.Connection | None = connection
         self._process = os.getpid()
-        _OPEN.add(self)
 
     def _take_up(self, connection: sqlite3.Connection, resume: bool) -> None:
         last = [] if is_blank(connection) else [Row(*row) for row in connection.execute(_LAST)]
@@ -158,10 +155,8 @@ class JournalWriter:
         body, blob = pack(measurement, decision, statistics)
         with self._lock:
             self._waiting.append((measurement.step, body, blob))
-        now = time.monotonic()
-        if len(self._waiting) == 1:
-            self._due = now + WAIT_S
-        if now >= self._due or len(self._waiting) >= BATCH or decision.level not in _UNEVENTFUL:
+        full = len(self._waiting) >= BATCH
+        if full or decision.level not in _UNEVENTFUL or time.monotonic() >= self._due:
             self.flush()
 
     def flush(self) -> None:
@@ -214,6 +209,7 @@ class JournalWriter:
         if self._connection is None:
             return
         try:
+            self.flush()
             if self._rows:
                 data = {"rows": self._rows + 1, **(summary or {})}
                 self._append("close", b"close", self._step, _json(data), b"")
@@ -263,11 +259,14 @@ class JournalWriter:
 
     def _commit(self, connection: sqlite3.Connection) -> None:
         """Write the steps that wait, all or none; the lock is held."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
+        if not self._waiting:
             return
-        seq, head, rows = self._rows, self._head, []
-        for step, body, blob in waiting:
+        if os.getpid() != self._process:
+            # A forked child has a copy of what waits, and a connection that it must not use.
+            self._waiting = []
+            return
+        seq, head, step, rows = self._rows, self._head, self._step, []
+        for step, body, blob in self._waiting:
             seq += 1
             head = chained(head, seq, b"step", step, body, blob)
             rows.append((seq, "step", step, body, blob, head))
@@ -276,10 +275,12 @@ class JournalWriter:
             connection.executemany(_INSERT, rows)
             connection.execute("COMMIT")
         except BaseException:
+            # What waits goes on waiting: an interrupt from the keyboard must not lose it.
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
-        self._rows, self._step, self._head = seq, waiting[-1][0], head
+        self._waiting, self._due = [], time.monotonic() + WAIT_S
+        self._rows, self._step, self._head = seq, step, head
 
     def _guarded(self, work: Callable[[sqlite3.Connection], object]) -> None:
         with self._lock:
@@ -295,21 +296,8 @@ class JournalWriter:
 
     def _fail(self, error: Exception) -> JournalError:
         raised = failure(self.path or "(temporary)", "written", error)
-        self.failed = str(raised)
+        self.failed, self._waiting = str(raised), []
         return raised
-
-
-#: Writers of this process, so that a program that ends without closing them, after an exception say, loses nothing.
-_OPEN: weakref.WeakSet[JournalWriter] = weakref.WeakSet()
-
-
-@atexit.register
-def _flush_at_exit() -> None:
-    for journal in list(_OPEN):
-        # A forked child has a copy of what waits, and of a connection that is not its own.
-        if journal._process == os.getpid():
-            with contextlib.suppress(JournalError):  # nobody is left to tell; the journal reads INCOMPLETE
-                journal.flush()
 
 
 def _json(data: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from types import FrameType
@@ -102,6 +103,7 @@ class OptimizerTap:
             if tap is not None:
                 tap._after(optimizer)
 
+        _remove_deferred()
         self._handles = [
             hooks.register_optimizer_step_pre_hook(before),
             hooks.register_optimizer_step_post_hook(after),
@@ -149,7 +151,8 @@ class OptimizerTap:
             )
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks; where that has to wait, they do nothing any more."""
+        self.paused = True
         self._finalizer()
 
     def _trains(self, optimizer: Optimizer) -> bool:
@@ -167,6 +170,8 @@ class OptimizerTap:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or not self._bound(optimizer):
             return
+        # Left from a step that an exception has ended before its post-hooks ran.
+        self._stashed.pop(id(optimizer), None)
         if not self._begun:
             self._begun = True
             if self._before_first_step is not None:
@@ -207,9 +212,10 @@ class OptimizerTap:
             return
         if self._protect:
             drop = partial(self._drop, optimizer)
-            if self._on_veto is not None:
-                self._on_veto(drop)
-            else:
+            try:
+                if self._on_veto is not None:
+                    self._on_veto(drop)
+            finally:
                 drop()
 
     def _drop(self, optimizer: Optimizer) -> None:
@@ -250,8 +256,8 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return total
 
 
-#: Handles of taps that died in the middle of an optimizer's step; their hooks do nothing any more.
-_DEFERRED: list[list[Any]] = []
+#: Hooks that could not be removed yet: of taps that were closed or died in the middle of an optimizer's step.
+_DEFERRED: list[Any] = []
 
 
 def _remove(handles: list[Any]) -> None:
@@ -259,14 +265,17 @@ def _remove(handles: list[Any]) -> None:
 
     A forgotten tap dies whenever the garbage collector finds it, which may be inside a step of any other optimizer.
     """
-    _DEFERRED.append(handles)
-    if any(_is_stepping(frame) for frame in sys._current_frames().values()):
+    _DEFERRED.extend(handles)
+    handles.clear()
+    _remove_deferred()
+
+
+def _remove_deferred() -> None:
+    if not _DEFERRED or any(_is_stepping(frame) for frame in sys._current_frames().values()):
         return
-    while _DEFERRED:
-        dead = _DEFERRED.pop()
-        for handle in dead:
-            handle.remove()
-        dead.clear()
+    with suppress(IndexError):  # another thread does the same
+        while True:
+            _DEFERRED.pop().remove()
 
 
 def _is_stepping(frame: FrameType | None) -> bool:

@@ -15,11 +15,11 @@ from kalmanguard.sensors.integrity import IntegritySensor
 from kalmanguard.sensors.optimizer import OptimizerTap, total_norm
 from kalmanguard.sensors.sketch import Sketch
 
-#: Times their own norm that the parameters move in one step only when they are overwritten: a weight with a flipped
-#: exponent bit does, a model whose weights are loaded or drawn anew does not.
+#: Times their own norm that the parameters move in one step only when they are overwritten: a weight whose highest
+#: exponent bit flips does, a model whose weights are loaded or drawn anew does not.
 _OVERWRITE = 10.0
 #: Sketches whose time is taken: in a loop, where other work evicts them from the caches, they are slower than alone.
-_TIMED = 8
+_TIMED = 4
 
 
 class SensorSuite:
