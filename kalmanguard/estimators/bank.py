@@ -32,7 +32,8 @@ class Innovations(NamedTuple):
     """What one measurement held that was not predicted; ``None`` where a channel saw nothing.
 
     ``gain`` is the log of the update's length per unit of learning rate. ``nis`` and ``rank`` are those of the
-    trajectory, ``speed`` the path length that it predicted for this step, in the unit of the sketch.
+    trajectory, ``speed`` the displacement that it predicted, in the unit of the sketch: a clock for the probe filter,
+    which only compares distances.
     """
 
     loss: Innovation | None = None

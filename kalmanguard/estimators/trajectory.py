@@ -18,7 +18,8 @@ _MEMORY = 100
 class TrajectoryState(NamedTuple):
     """Mean update per unit of learning rate, its shared variance, and the moments of the innovation energy.
 
-    ``length`` is how long the next update is expected to be per unit of learning rate, 0 while that is not known.
+    ``length`` is how long the next observed velocity is expected to be per unit of learning rate, 0 while that is not
+    known; where the sketch is taken at every n-th step, that is the displacement over n steps.
     """
 
     direction: FloatArray | None = None
