@@ -605,7 +605,10 @@ def test_the_first_step_of_a_suspicion_is_kept_for_a_halt_and_not_for_a_rollback
     """The best state there is may have poisoned moments: a rollback goes behind it, a false alarm clears it."""
     for harmed in (True, False):
         good = descent()
-        flight = Flight(lambda s, good=good, harmed=harmed: good(s) + (3.0 if harmed and s > 143 else 0.0))
+        # At step 143 the probe falls far below what it was at the last look; noise alone would not be enough.
+        flight = Flight(
+            lambda s, good=good, harmed=harmed: good(s) - 0.2 * (s >= 143) + (3.0 if harmed and s > 143 else 0.0)
+        )
         for m in healthy(200):
             m = dataclasses.replace(m, costs=Costs(0.1, 0.05, 0.001, 6) if m.step == 30 else None)
             if m.step in (143, 144):

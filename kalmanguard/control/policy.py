@@ -231,12 +231,14 @@ class Policy:
         if m.outcome is not None and m.outcome.manual:
             return True
         if ledger.episode is not None and m.step > 0:
-            # The first step of a suspicion, if it is clearly the best so far: where a halt would want to go back to.
+            # The first step of a suspicion, if it is the best so far beyond the probe's noise: where a halt would want
+            # to go back to.
+            envelope, noise = verdict.envelope, self._settings.standard_errors
             return (
                 m.step == ledger.episode.onset
                 and verdict.accepted
-                and verdict.envelope is not None
-                and verdict.level < verdict.envelope.best - verdict.envelope.standard_error
+                and envelope is not None
+                and verdict.level < envelope.best - noise * envelope.standard_error
                 and ledger.capacity > SMALL_RING
             )
         every = (ledger.cadence or cadence(self._settings, None)).snapshot_every
