@@ -488,6 +488,21 @@ def test_what_was_replaced_since_the_last_capture_is_noticed(what: str) -> None:
     assert same([run.model[0].weight.detach(), moments["exp_avg"]], expected)
 
 
+def test_another_shape_at_the_same_address_is_noticed() -> None:
+    """What an allocator gives back may lie where the old memory lay."""
+    model = nn.Linear(3, 3, bias=False)
+    memory = torch.arange(9.0)
+    model.weight.data = memory.view(3, 3)
+    state = TrainingState(model, optimizers=[], schedulers=[])
+    assert state.capture().nbytes == 36
+    for other in (memory[:4].view(2, 2), memory.view(3, 3).t()):
+        model.weight.data = other
+        slot = state.capture()
+        assert slot.nbytes == 4 * other.numel()
+        assert state.digest(slot) == state.digest()
+        assert torch.equal(slot.static[0], other)
+
+
 def test_parameters_that_are_tied_or_untied_by_their_data_are_noticed() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     left, right = model[0].weight, model[1].weight

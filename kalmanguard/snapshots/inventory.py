@@ -72,7 +72,7 @@ class Inventory:
         self._ids: list[int] = []
         self._roots: list[int] = []
         self._owners: list[Tensor] = []
-        self._pointers: list[int] = []
+        self._whereabouts: list[tuple[object, ...]] = []
 
     def plan(self, *, fresh: bool = False) -> Plan:
         """Return the present plan, walking everything again if something changed or ``fresh`` asks for it.
@@ -98,7 +98,7 @@ class Inventory:
         return (
             list(map(id, chain.from_iterable(self._holders))) == self._ids
             and self._containers() == self._roots
-            and [owner.data_ptr() for owner in self._owners] == self._pointers
+            and list(map(_whereabouts, self._owners)) == self._whereabouts
         )
 
     def _containers(self) -> list[int]:
@@ -138,7 +138,12 @@ class Inventory:
         self._ids = list(map(id, self._seen))
         self._roots = self._containers()
         self._owners = walk.owners
-        self._pointers = [owner.data_ptr() for owner in walk.owners]
+        self._whereabouts = list(map(_whereabouts, walk.owners))
+
+
+def _whereabouts(tensor: Tensor) -> tuple[object, ...]:
+    # New memory under a tensor (`p.data = ...`) may lie where the old lay, so the address alone does not tell.
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Walk:
