@@ -16,9 +16,9 @@ from benchmarks.pool import fly_all
 
 LONG = (
     *("mlp", "mlp, batch 8", "mlp, batch 2", "mlp, SGD", "mlp, SGD momentum 0.9", "mlp, warm restarts"),
-    "mlp, warm-up cosine",
+    *("mlp, warm-up cosine", "cnn"),
 )
-SHORT = ("cnn", "chartransformer")
+SHORT = ("chartransformer",)
 _LONG_STEPS, _SHORT_STEPS = 3_000, 400
 KINDS = ("suspicion", "veto", "rollback", "halt")
 

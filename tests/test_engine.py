@@ -570,6 +570,19 @@ def test_harm_that_is_about_to_leave_the_envelope_is_not_waited_for() -> None:
     assert explained[1] < 0.2, "confirmed inside the envelope"
 
 
+@pytest.mark.parametrize("spike", [0.2, 3.0])
+def test_spikes_that_are_small_beside_the_progress_are_left_to_heal(spike: float) -> None:
+    """Late in training Adam has some: hundreds of deviations, a tenth of the progress, and over in a dozen steps."""
+    good, hill = descent(), (0.1, 0.12, 0.14, 0.16, 0.18, 0.18, 0.17, 0.12, 0.06, 0.02)
+    flight = Flight(lambda s: good(s) + (hill[s - 500] if 500 <= s < 500 + len(hill) else 0.0), protect=False)
+    for m in healthy(700):
+        loss = 0.3 + 2.0 * math.exp(-m.step / 80) + 0.005 * math.sin(m.step)
+        flight.step(dataclasses.replace(m, loss=loss + (spike if 500 <= m.step < 500 + len(hill) else 0.0)))
+    assert any(e.fired and e.detector == "loss" for d in flight.decisions for e in d.evidence)
+    proposed = {d.proposed for d in flight.decisions}
+    assert proposed == ({Action.ACCEPT} if spike < 1 else {Action.ACCEPT, Action.ROLLBACK})
+
+
 def test_what_falls_back_is_not_about_to_leave() -> None:
     episode = Episode(onset=1, last=5, explained=True, y=0.40)
     verdict = Verdict(y=0.35, envelope=Envelope(1.0, 0.1, 0.2, 0.0))

@@ -115,7 +115,7 @@ class Judge:
             closer = self._line(ledger, _RECOVERING_SHARE).allowance
             bound = min(bound, max(ledger.ladder.level, ledger.best) + closer)
         episode = ledger.episode
-        if self._lasts(ledger) or (episode is not None and episode.explained and episode.last == m.step):
+        if self._lasts(ledger, m) or self._goes_on(ledger, m):
             line = self._line(ledger, _LASTING_SHARE).bound
         elif episode is not None and episode.explained:
             line = self._line(ledger, _EXPLAINED_SHARE).bound
@@ -160,14 +160,30 @@ class Judge:
         )
         return ledger, verdict._replace(harm=harm)
 
-    def _lasts(self, ledger: Ledger) -> bool:
+    def _lasts(self, ledger: Ledger, m: Measurement) -> bool:
         """Whether what is suspected will not go away by itself: a drift, a raised learning rate, or a steady climb."""
         episode = ledger.episode
         if ledger.excursion.fired_at > 1.0:
             return True
-        return episode is not None and (
-            episode.drifted or (episode.explained and episode.rising >= self._settings.patience)
-        )
+        if episode is None:
+            return False
+        climbs = episode.explained and episode.rising >= self._settings.patience and self._shows(ledger, m)
+        return episode.drifted or climbs
+
+    def _goes_on(self, ledger: Ledger, m: Measurement) -> bool:
+        """Whether innovations go on at this very step, and the training loss shows harm of its own."""
+        episode = ledger.episode
+        return episode is not None and episode.explained and episode.last == m.step and self._shows(ledger, m)
+
+    def _shows(self, ledger: Ledger, m: Measurement) -> bool:
+        """Whether the training loss has lost the share of the progress that may be lost.
+
+        An optimizer that has fitted its data has spikes of its own, many deviations high and small beside what was
+        gained; they heal. Wrong labels or weights show in the training loss at once.
+        """
+        if m.loss is None or not math.isfinite(ledger.lowest_loss):
+            return False
+        return not m.loss - ledger.lowest_loss <= self._settings.give_back * (ledger.start - ledger.best)
 
     def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict, elapsed: int) -> tuple[Ledger, Verdict]:
         """Above the inner line: harm to be undone, a spike that heals by itself, or overfitting?
@@ -206,10 +222,10 @@ class Judge:
             confirmed = True
         elif give_back > max(0.5, 2.5 * self._settings.give_back):
             confirmed = episode.explained or (episode.broken >= 2 and excess > 0.8 * previous)
-        elif episode.explained and episode.last == m.step and self._leaves(verdict, episode, elapsed):
+        elif self._goes_on(ledger, m) and self._leaves(verdict, episode, elapsed):
             confirmed = True
         elif not verdict.broken:
-            last = 2 if self._lasts(ledger) else patience + 2
+            last = 2 if self._lasts(ledger, m) else patience + 2
             confirmed = episode.broken >= last and excess > 0.67 * episode.worst
         elif ledger.ladder.score:
             confirmed = episode.broken >= patience + 2 or episode.rising + (verdict.y > episode.y) > patience
