@@ -337,10 +337,10 @@ class Loop:
         return self._costs
 
     def _record(self, measurement: Measurement, decision: Decision) -> None:
-        self._journal(lambda: self.journal.step(measurement, decision))
+        self._journal(self.journal.step, measurement, decision)
 
-    def _journal(self, write: Callable[[], None]) -> None:
+    def _journal(self, write: Callable[..., None], *record: Any) -> None:
         try:
-            write()
+            write(*record)
         except JournalError as error:
             self.incidents.report(self.step, f"the journal can no longer be written: {error}", error)

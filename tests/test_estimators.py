@@ -102,8 +102,12 @@ def test_trend_equals_filterpy_with_fixed_noise_and_no_clipping(
     kf.Q = np.diag([level_noise, slope_noise])
     for value in data[1:]:
         kf.predict()
+        prior = kf.P.copy()
         kf.update(value)
+        spread, gain, slope_gain = trend._gains[state.age]
         state, innovation = trend.step(state, float(value))
+        assert spread**2 == pytest.approx(prior[0, 0] + 1.0, rel=1e-10)
+        np.testing.assert_allclose([gain, slope_gain], kf.K[:, 0], rtol=1e-10, atol=1e-14)
         assert innovation.value == pytest.approx(float(kf.y[0]), rel=1e-10, abs=1e-12)
         np.testing.assert_allclose([state.level, state.slope], kf.x, rtol=1e-10, atol=1e-12)
 
@@ -397,7 +401,7 @@ def test_probe_equals_the_textbook_matrices(monkeypatch: pytest.MonkeyPatch) -> 
         assert state.gaussian.slope == pytest.approx(x[1], rel=1e-8, abs=1e-12)
 
 
-def test_the_clock_is_the_path_so_a_schedule_causes_no_innovation() -> None:
+def test_the_path_is_a_better_clock_than_the_number_of_probes() -> None:
     """A loss that falls along the path is better predicted by it than by the number of probes, at any odd times."""
     for seed in range(5):
         rng = np.random.default_rng(seed)

@@ -163,7 +163,7 @@ class Judge:
     def _lasts(self, ledger: Ledger, m: Measurement) -> bool:
         """Whether what is suspected will not go away by itself: a drift, a raised learning rate, or a steady climb."""
         episode = ledger.episode
-        if ledger.excursion.fired_at > 1.0:
+        if ledger.excursion.raised:
             return True
         if episode is None:
             return False
@@ -183,6 +183,7 @@ class Judge:
         """
         if m.loss is None or not math.isfinite(ledger.lowest_loss):
             return False
+        # Negated, so that a loss that is nan shows it too.
         return not m.loss - ledger.lowest_loss <= self._settings.give_back * (ledger.start - ledger.best)
 
     def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict, elapsed: int) -> tuple[Ledger, Verdict]:
@@ -196,7 +197,7 @@ class Judge:
         cause lasts as well.
         """
         assert verdict.envelope is not None
-        raised = ledger.excursion.fired_at > 1.0
+        raised = ledger.excursion.raised
         episode = ledger.episode or Episode(max(ledger.last_accepted + 1, 1), m.step, explained=raised)
         excess = verdict.y - verdict.envelope.best
         previous = episode.excess
@@ -269,7 +270,7 @@ class Judge:
         if verdict.accepted and not verdict.strained:
             if episode is None:
                 return ledger
-            if m.step - episode.last >= _QUIET and ledger.excursion.fired_at == 1.0:
+            if m.step - episode.last >= _QUIET and not ledger.excursion.raised:
                 # It came to nothing, so a state that was captured in it is as good as any other.
                 return ledger._replace(episode=None, slots=tuple(s._replace(suspect=False) for s in ledger.slots))
             episode = episode._replace(broken=0, worst=0.0, excess=math.inf)

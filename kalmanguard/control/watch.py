@@ -78,7 +78,7 @@ class Watch:
             return True
         if ledger.episode is not None and step >= ledger.episode.next_probe:
             return True
-        if ledger.excursion.fired_at > 1.0 and since >= _EXCURSION_PROBES:
+        if ledger.excursion.raised and since >= _EXCURSION_PROBES:
             return True
         recovering = ledger.mode is Mode.RECOVERING
         return recovering and (since >= _RECOVERING_PROBES or _looks_again(step - ledger.ladder.restored_at))

@@ -18,6 +18,11 @@ class ExcursionState(NamedTuple):
     reference: tuple[float, ...] = ()
     fired_at: float = 1.0
 
+    @property
+    def raised(self) -> bool:
+        """Whether a learning rate is beyond what has been certified."""
+        return self.fired_at > 1.0
+
 
 class LearningRateExcursion:
     """Fire when a learning rate leaves the range that certified training has used.

@@ -24,7 +24,7 @@ _INSERT = f"INSERT INTO records ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 _LAST = f"SELECT {COLUMNS} FROM records ORDER BY seq DESC LIMIT 2"
 _RESERVED = frozenset({"header", "step", "close"})
 #: So many uneventful steps are committed together, unless the last commit is so many seconds ago: in a training loop,
-#: whose own work evicts the database from the caches, a commit takes 0.2 ms, with one row or with eight.
+#: whose own work evicts the database from the caches, the commit is dear, and costs the same with one row or eight.
 BATCH = 8
 WAIT_S = 0.1
 _UNEVENTFUL = (Level.NOMINAL, Level.WARMUP)
@@ -56,8 +56,8 @@ class JournalWriter:
 
     Notes
     -----
-    About 10 us a step, 0.05 to 0.3 ms a commit, and 4 ms every 800 rows, when SQLite folds the log into the file; 0.1
-    to 4 ms for `sync`.
+    About 10 us a step, commits included, when nothing evicts the database from the caches (``python -m benchmarks
+    journal``).
 
     Examples
     --------
