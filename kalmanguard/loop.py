@@ -100,11 +100,14 @@ class Loop:
             decision = self._act(decision)
         self.last = decision
         if decision.level in (Level.SUSPECT, Level.CONFIRMED):
-            self.events.append((decision.step, decision.reason))
+            self._count(decision)
+        return decision
+
+    def _count(self, decision: Decision) -> None:
+        self.events.append((decision.step, decision.reason))
         self.tally["suspicions"] += decision.level is Level.SUSPECT
         self.tally["vetoes"] += decision.action is Action.VETO
         self.tally["rollbacks"] += decision.rolled_back
-        return decision
 
     def begin(self) -> None:
         """Before the very first optimizer step: y_0, and the state that everything can fall back to."""

@@ -271,7 +271,7 @@ class Supervisor:
         if loop.tap.paused or loop.tap.steps == 0:
             loop.tap.bind()
             return loop.last or _nothing_yet(loop.step)
-        loop.timings.add_step(started - self._ended)
+        loop.timings.add_step(started - max(self._ended, loop.tap.other_ended_s))
         try:
             decision = loop.advance(loss)
         except (Exception, KalmanguardError) as fault:

@@ -75,8 +75,11 @@ class DriftTest:
         clipped = deviation
         if known:
             sigma = max(state.scale.deviation, 1e-12, 1e-3 * abs(state.lowest))
-            clipped = max(-3.0 * sigma, min(3.0 * sigma, deviation))
-            x = max(-1.0, min(1.0, (loss - state.lowest) / sigma - MARGIN))
+            if not -3.0 * sigma <= deviation <= 3.0 * sigma:
+                clipped = math.copysign(3.0 * sigma, deviation)
+            x = (loss - state.lowest) / sigma - MARGIN
+            if not -1.0 <= x <= 1.0:
+                x = math.copysign(1.0, x)
             wealth = tuple([(1.0 + rate * x) * (m + 1.0) for rate, m in zip(RATES, wealth, strict=True)])
             statistic = sum(wealth) / len(RATES)
             alarm = statistic >= self.run_length

@@ -24,9 +24,9 @@ _INSERT = f"INSERT INTO records ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 _LAST = f"SELECT {COLUMNS} FROM records ORDER BY seq DESC LIMIT 2"
 _RESERVED = frozenset({"header", "step", "close"})
 #: So many uneventful steps are committed together, unless the last commit is so many seconds ago: in a training loop,
-#: whose own work evicts the database from the caches, the commit is dear, and costs the same with one row or eight.
-BATCH = 8
-WAIT_S = 0.1
+#: whose own work evicts the database from the caches, the commit is dear, and costs the same with one row or sixteen.
+BATCH = 16
+WAIT_S = 1.0
 _UNEVENTFUL = (Level.NOMINAL, Level.WARMUP)
 
 
@@ -34,9 +34,9 @@ _UNEVENTFUL = (Level.NOMINAL, Level.WARMUP)
 class JournalWriter:
     """Appends a run's records to ``journal.sqlite``, each bound to the one before by its digest.
 
-    Uneventful steps of loops faster than ten steps a second are committed together, at most eight; whatever else is
-    written, suspicions and interventions above all, is committed with them before the call returns. So ``kill -9``
-    loses at most the last seven uneventful steps, and none in slower loops. `sync` makes everything durable against
+    Uneventful steps of one second are committed together, at most sixteen; whatever else is written, suspicions and
+    interventions above all, is committed with them before the call returns. So ``kill -9`` loses at most the last
+    fifteen uneventful steps, and none in loops with steps of a second or more. `sync` makes everything durable against
     the loss of the machine.
 
     The first failure to write (disk full, folder gone, a second writer) is raised as `JournalError`, with nothing

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 #: Elements of one tensor that are compared bit by bit at a step.
 _SLICE = 4096
 #: Steps from one comparison to the next.
-_EVERY = 4
+_EVERY = 8
 _VERSION = attrgetter("_version")
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "max_exp_avg_sq")
 
@@ -24,7 +24,7 @@ class IntegritySensor:
     Every step: the version counter of each parameter, which every in-place write through torch raises (reported as
     ``"parameters"``: user code may well do that, so the probe decides), and the counter and identity of one parameter's
     moments, since what resets or zeroes an optimizer's state does so for all parameters (``"moments"``). At every
-    fourth step, in turn over all tensors, one slice of 4,096 elements of a parameter and of its optimizer state, bit
+    eighth step, in turn over all tensors, one slice of 4,096 elements of a parameter and of its optimizer state, bit
     for bit: a difference without a raised counter is reported as ``"silent parameters"`` or ``"silent moments"``, a
     second moment that is negative, not finite, or all zero where it was not, as ``"moments"``.
 

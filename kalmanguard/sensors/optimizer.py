@@ -5,24 +5,25 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from operator import attrgetter
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
 from kalmanguard.errors import BindError
 
-#: Up to so many tensors, reading their norms one by one is faster than three kernels over them.
-_FEW = 32
-_SPARSE, _DTYPE, _DEVICE = attrgetter("is_sparse"), attrgetter("dtype"), attrgetter("device")
+#: Tensors below so many elements are copied together, to take one kernel for all of them.
+_SMALL = 1 << 15
+_REAL = (torch.float32, torch.float64)
 
 
 class StepEffect(Protocol):
@@ -53,6 +54,12 @@ class OptimizerTap:
         Called before the first step of any bound optimizer since the last `reset`.
     on_veto
         Called with a function that drops the step, when the gradient asks for that; by default it is dropped.
+
+    Attributes
+    ----------
+    other_ended_s
+        When the last step of an optimizer ended that trains something else (``time.perf_counter``): what came before
+        is no part of this model's step.
 
     Notes
     -----
@@ -90,6 +97,7 @@ class OptimizerTap:
             self.optimizers.append(optimizer)
         self._stashed: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.last_norm: float | None = None
+        self.other_ended_s = 0.0
         self.reset()
         owner = weakref.ref(self)
 
@@ -191,12 +199,11 @@ class OptimizerTap:
         gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
         if not gradients:
             return
-        norm = total_norm(gradients)
+        value = total_norm(gradients)
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
-            norm = norm / scale.to(norm.device)
-        value = float(norm)
+            value /= float(scale)
         self._square += value * value
         self.last_norm = value
         self._seen_gradient = True
@@ -228,7 +235,10 @@ class OptimizerTap:
             p.grad = None
 
     def _after(self, optimizer: Optimizer) -> None:
-        if self.paused or not any(optimizer is known for known in self.optimizers):
+        if self.paused:
+            return
+        if not any(optimizer is known for known in self.optimizers):
+            self.other_ended_s = time.perf_counter()
             return
         stashed = self._stashed.pop(id(optimizer), None)
         if stashed is None:
@@ -240,20 +250,49 @@ class OptimizerTap:
         self.steps += 1
 
 
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all gradients, float32 at least; 0-dim, on the first gradient's device."""
-    dense = list(gradients)
-    if any(map(_SPARSE, gradients)):
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    low = not {torch.float16, torch.bfloat16}.isdisjoint(map(_DTYPE, dense))
-    norms = list(torch._foreach_norm(dense, 2, dtype=torch.float32) if low else torch._foreach_norm(dense))
+def total_norm(tensors: Sequence[Tensor]) -> float:
+    """Euclidean norm over all elements; on an accelerator, reading it waits for the kernels before it."""
+    if tensors[0].device.type == "cpu":
+        square = _square_on_host(tensors)
+        # A square may leave the range of float32 where the norm does not: the slow way decides what is not finite.
+        if 0.0 < square < math.inf:
+            return math.sqrt(square)
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    norms = list(torch._foreach_norm(dense, 2, dtype=_wide(dense)))
     device = norms[0].device
-    if set(map(_DEVICE, norms)) != {device}:
-        norms = [n.to(device) for n in norms]
-    elif device.type == "cpu" and len(norms) <= _FEW:
-        return torch.tensor(math.hypot(*map(Tensor.item, norms)))
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
+    return float(torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms])))
+
+
+def _square_on_host(tensors: Sequence[Tensor]) -> float:
+    """Sum of squares, by a dot product each for large tensors and one for all the small ones; nan where that fails.
+
+    Half the time of a norm each: what counts for small models is the number of calls.
+    """
+    square = 0.0
+    try:
+        small = []
+        for t in tensors:
+            if t.numel() < _SMALL:
+                small.append(t)
+            else:
+                flat = t.view(-1)
+                square += torch.dot(flat, flat).item() if flat.dtype in _REAL else math.nan
+        if small:
+            flat = _flatten_dense_tensors(small)
+            square += torch.dot(flat, flat).item() if flat.dtype in _REAL else math.nan
+    except RuntimeError:  # sparse, not contiguous, of several devices or dtypes
+        return math.nan
+    return square
+
+
+def _wide(dense: Sequence[Tensor]) -> torch.dtype | None:
+    """A dtype to accumulate the norms in, where their own would overflow; its own for complex numbers."""
+    dtypes = {t.dtype for t in dense}
+    if any(dtype.is_complex for dtype in dtypes):
+        return None
+    if all(t.device.type == "cpu" for t in dense):
+        return torch.float64
+    return torch.float32 if dtypes & {torch.float16, torch.bfloat16} else None
 
 
 #: Hooks that could not be removed yet: of taps that were closed or died in the middle of an optimizer's step.

@@ -118,7 +118,7 @@ class SensorSuite:
 
     @torch.no_grad()
     def _buffer_norm(self) -> float | None:
-        return float(total_norm(self._buffers)) if self._buffers else None
+        return total_norm(self._buffers) if self._buffers else None
 
 
 def loss_value(loss: Any) -> float | None:
