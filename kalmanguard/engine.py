@@ -95,8 +95,9 @@ class Engine:
         if ledger.proposed:
             # The proposal of the step before was not carried out (observe mode): do not repeat it at every probe.
             ledger = ledger._replace(proposed=False, declined=True)
+        largest = estimators.largest_gradient
         estimators, innovations = self._bank.step(estimators, m)
-        ledger, evidence, drift = self._watch.look(ledger, innovations, m)
+        ledger, evidence, drift = self._watch.look(ledger, innovations, m, largest_gradient=largest)
         wants = self._watch.wants_probe(ledger, m.step)
         return Foresight(EngineState(estimators, ledger, saved), m, evidence, innovations, drift, wants)
 
@@ -148,8 +149,10 @@ class Engine:
             ledger = ledger._replace(slots=tuple(s for s in ledger.slots if s.step != lost))
             saved = tuple(pair for pair in saved if pair[0] != lost)
         if m.objective != ledger.objective:
-            ledger = restarted(ledger, m.objective)
-            estimators = estimators._replace(probe=ProbeState(), loss=TrendState(), reference=None)
+            ledger = restarted(ledger, m.objective, m.step - 1)
+            estimators = estimators._replace(
+                probe=ProbeState(), loss=TrendState(), gradient=TrendState(), largest_gradient=0.0, reference=None
+            )
             saved = ()
         return EngineState(estimators, ledger, saved)
 

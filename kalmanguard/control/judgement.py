@@ -175,6 +175,13 @@ class Judge:
         episode = ledger.episode
         return episode is not None and episode.explained and episode.last == m.step and self._shows(ledger, m)
 
+    @staticmethod
+    def is_hopeless(ledger: Ledger, m: Measurement) -> bool:
+        """Whether the training loss has lost all of the progress: on this batch the model is worse than untrained."""
+        if m.loss is None or not math.isfinite(ledger.lowest_loss):
+            return False
+        return not m.loss <= max(ledger.start, ledger.lowest_loss + ledger.start - ledger.best)
+
     def _shows(self, ledger: Ledger, m: Measurement) -> bool:
         """Whether the training loss has lost the share of the progress that may be lost.
 
@@ -287,12 +294,12 @@ class Judge:
 
     def end_warmup(self, ledger: Ledger, m: Measurement) -> Ledger:
         """Leave warm-up once enough was probed and something was gained, or after ten times as long."""
-        settings = self._settings
-        if m.step < settings.warmup_steps or ledger.probes < 3 or math.isnan(ledger.start):
+        settings, age = self._settings, m.step - ledger.began
+        if age < settings.warmup_steps or ledger.probes < 3 or math.isnan(ledger.start):
             return ledger
         floor = self._rule.of(ledger.best, ledger.best, ledger.standard_error).allowance
         progressed = ledger.start - ledger.best > 2.0 * floor
-        if progressed or m.step >= 10 * settings.warmup_steps:
+        if progressed or age >= 10 * settings.warmup_steps:
             return ledger._replace(warm=True)
         return ledger
 

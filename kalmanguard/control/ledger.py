@@ -21,7 +21,7 @@ class Episode(NamedTuple):
     ``drifted``: the drift test has alarmed, and no rise of the learning rate accounts for it. ``first``, ``worst`` and
     ``excess`` are how far above the best level the first, the worst and the last of ``broken`` probes lay; ``rising``
     counts probes in a row that were each above the one before. ``tails`` are the thresholds from before the episode: an
-    alarm that proves right does not raise them.
+    alarm that proves right does not raise them; ``gradient`` is the largest gradient norm from before it.
     """
 
     onset: int
@@ -37,13 +37,15 @@ class Episode(NamedTuple):
     next_probe: int = 0
     gap: int = 1
     tails: tuple[TailState, ...] | None = None
+    gradient: float = math.inf
 
 
 class Ledger(NamedTuple):
-    """What no rollback rewinds."""
+    """What no rollback rewinds; ``began`` is the step before the first one of the present objective."""
 
     mode: Mode = Mode.WATCHING
     warm: bool = False
+    began: int = 0
     cadence: Cadence | None = None
     capacity: int = 2
     objective: int = 0
@@ -72,10 +74,10 @@ class Ledger(NamedTuple):
     climbed: int = 0
 
 
-def restarted(ledger: Ledger, objective: int) -> Ledger:
+def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
     """A new objective: what was gained on the old one no longer binds."""
     return ledger._replace(
-        objective=objective, warm=False, start=math.nan, best=math.inf, standard_error=0.0, probes=0, episode=None,
+        objective=objective, began=began, warm=False, start=math.nan, best=math.inf, standard_error=0.0, probes=0, episode=None,
         declined=False, slots=(), last_snapshot=-(1 << 40), drift=DriftState(), lowest_loss=math.inf,
         ladder=LadderState(), mode=Mode.WATCHING,
     )  # fmt: skip

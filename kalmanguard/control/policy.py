@@ -25,7 +25,7 @@ from kalmanguard.records import (
 )
 from kalmanguard.settings import Settings
 
-#: Non-finite proposals in a row after which the state itself is not trusted any more.
+#: Dropped proposals in a row after which the state itself is not trusted any more.
 _VETOES = 8
 
 
@@ -80,8 +80,13 @@ class Policy:
     @staticmethod
     def _stuck(ledger: Ledger, m: Measurement) -> str:
         skipped = ledger.skipped_in_a_row
-        if m.veto == "nonfinite" and skipped and skipped % _VETOES == 0:
-            return f"{skipped} proposed steps in a row were not finite"
+        if m.veto in ("nonfinite", "explosion") and skipped and skipped % _VETOES == 0:
+            why = (
+                "not finite"
+                if m.veto == "nonfinite"
+                else f"dropped, the last with a gradient norm of {m.gradient_norm:.4g}"
+            )
+            return f"{skipped} proposed steps in a row were {why}"
         return ""
 
     # -- rollback ------------------------------------------------------------------------------------------------
@@ -171,7 +176,6 @@ class Policy:
         largest_gradient: float,
     ) -> Ruling:
         """Let the step stand; say what the ring does, and what the next gradient may be."""
-        settings = self._settings
         certify: tuple[int, ...] = ()
         if is_restore(m) and verdict.accepted:
             assert m.outcome is not None
@@ -197,18 +201,35 @@ class Policy:
             best = verdict.level if verdict.accepted else math.inf
             slot = Slot(m.step, verdict.accepted, best, suspect=ledger.episode is not None and m.outcome is None)
             ledger = ledger._replace(slots=(*(s for s in kept if s.step not in evict), slot), last_snapshot=m.step)
-        gate = settings.gate_ratio * largest_gradient if ledger.warm and largest_gradient > 0 else math.inf
+        gate, clip = self._gate(ledger, m, verdict, evidence, largest_gradient)
         level = _level(ledger, m, verdict, evidence)
         action = Action.VETO if m.veto in ("nonfinite", "explosion") else Action.ACCEPT
         orders = Orders(
             snapshot=snapshot, certified=snapshot and verdict.accepted, certify=certify, evict=evict, gate=gate,
-            clip=ledger.skipped_in_a_row >= settings.gate_skips, release=release,
+            clip=clip, release=release,
         )  # fmt: skip
         decision = Decision(
             m.step, action, action, level, ledger.mode, _reason(m, level, verdict, evidence), evidence,
             certificate=status(ledger), orders=orders, statistics=statistics,
         )  # fmt: skip
         return Ruling(ledger, decision)
+
+    def _gate(
+        self, ledger: Ledger, m: Measurement, verdict: Verdict, evidence: tuple[Evidence, ...], largest_gradient: float
+    ) -> tuple[float, bool]:
+        """Largest gradient norm of the next step, and whether it is scaled down beyond that instead of dropped.
+
+        A state that its probe finds good, but whose batch was suspected and is worse than for an untrained model, has
+        met bad data: what is larger than any gradient from before is dropped then, for as long as such batches come
+        one after the other.
+        """
+        settings, episode = self._settings, ledger.episode
+        gate = settings.gate_ratio * largest_gradient if ledger.warm and largest_gradient > 0 else math.inf
+        if ledger.warm and episode is not None and verdict.accepted and self._judge.is_hopeless(ledger, m):
+            met = m.veto == "explosion" or any(item.detector == "loss" and item.fired for item in evidence)
+            if met and episode.gradient < gate:
+                return episode.gradient, False
+        return gate, ledger.skipped_in_a_row >= settings.gate_skips
 
     def _recovered(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> bool:
         return (
@@ -231,16 +252,11 @@ class Policy:
         if m.outcome is not None and m.outcome.manual:
             return True
         if ledger.episode is not None and m.step > 0:
-            # The first step of a suspicion, if it is the best so far beyond the probe's noise: where a halt would want
-            # to go back to.
-            envelope, noise = verdict.envelope, self._settings.standard_errors
-            return (
-                m.step == ledger.episode.onset
-                and verdict.accepted
-                and envelope is not None
-                and verdict.level < envelope.best - noise * envelope.standard_error
-                and ledger.capacity > SMALL_RING
-            )
+            # The first step of a suspicion, if its probe is better than what the ring holds: where a halt would want to
+            # go back to.
+            held = min((s.level for s in ledger.slots if s.certified), default=math.inf)
+            first = m.step == ledger.episode.onset and ledger.capacity > SMALL_RING
+            return first and verdict.accepted and verdict.level < held
         every = (ledger.cadence or cadence(self._settings, None)).snapshot_every
         # A probed state is worth more than the candidates since the last one, whatever their cadence.
         newest = max((s.step for s in ledger.slots if s.certified), default=-every)

@@ -50,16 +50,18 @@ class Watch:
         self._excursion = LearningRateExcursion()
 
     def look(
-        self, ledger: Ledger, innovations: Innovations, m: Measurement
+        self, ledger: Ledger, innovations: Innovations, m: Measurement, *, largest_gradient: float
     ) -> tuple[Ledger, tuple[Evidence, ...], DriftResult | None]:
-        """Run all detectors on one step."""
+        """Run all detectors on one step; ``largest_gradient`` is from before it."""
         tails = ledger.tails
         evidence, ledger, drift = self._detect(ledger, innovations.channels, m)
         if not evidence:
             return ledger, evidence, drift
         episode = ledger.episode
         episode = (
-            Episode(m.step, m.step, explained=True, next_probe=m.step, tails=tails)
+            Episode(
+                m.step, m.step, explained=True, next_probe=m.step, tails=tails, gradient=largest_gradient or math.inf
+            )
             if episode is None
             else episode._replace(last=m.step, explained=True, next_probe=m.step, gap=1)
         )
@@ -90,14 +92,15 @@ class Watch:
             # On probation until the ladder is settled: what was released may do harm again.
             every = min(every, _PROBATION_PROBES)
         # Warm-up ends with what its probes show, so it must not wait for a slow cadence.
-        warming = not ledger.warm and step <= 2 * settings.warmup_steps and settings.probe_every is None
+        age = step - ledger.began
+        warming = not ledger.warm and age <= 2 * settings.warmup_steps and settings.probe_every is None
         return min(every, _WARMUP_PROBES) if warming else every
 
     def _detect(
         self, ledger: Ledger, innovations: tuple[Innovation | None, ...], m: Measurement
     ) -> tuple[tuple[Evidence, ...], Ledger, DriftResult | None]:
         found: list[Evidence] = []
-        warm = ledger.warm or m.step > self._settings.warmup_steps
+        warm = ledger.warm or m.step - ledger.began > self._settings.warmup_steps
         tails = ledger.tails
         drift, drift_state, lowest = None, ledger.drift, ledger.lowest_loss
         excursion = ledger.excursion

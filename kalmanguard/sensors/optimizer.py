@@ -278,7 +278,7 @@ def _square_on_host(tensors: Sequence[Tensor]) -> float:
                 flat = t.view(-1)
                 square += torch.dot(flat, flat).item() if flat.dtype in _REAL else math.nan
         if small:
-            flat = _flatten_dense_tensors(small)
+            flat = _flatten_dense_tensors(small)  # type: ignore[no-untyped-call]
             square += torch.dot(flat, flat).item() if flat.dtype in _REAL else math.nan
     except RuntimeError:  # sparse, not contiguous, of several devices or dtypes
         return math.nan
