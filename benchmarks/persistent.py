@@ -58,14 +58,15 @@ class Persistent(Benchmark):
             groups[case["recipe"], case["fault"]][case["guard"]].append(case)
         own = [[f"{recipe}, {fault}", *_own(runs["kalmanguard"])] for (recipe, fault), runs in groups.items()]
         parts = [
-            "Steps after the beginning of the fault, median / most; *given back*: share of the progress (on "
-            "examples that no guard sees) that is lost when the first rollback or halt comes; *final / best*: "
-            "held-out loss at the end over the least before the fault, both of the same run. A run ends after 800 "
-            "steps, or halted.",
+            "Steps after the beginning of the fault, median / most; *confirmed*: the first veto, rollback or halt; "
+            "*given back*: share of the progress (on examples that no guard sees) that is lost when it comes; "
+            "*final / best*: held-out loss at the end over the least before the fault, which is measured every ten "
+            "steps, both of the same run; *last / best*: the same for the last measurement before the fault, which is "
+            "what stopping in time would have given. A run ends after 800 steps, or halted.",
             table(
                 [
                     *("plant, fault", "suspected", "confirmed", "given back", "largest ever"),
-                    *("rollbacks", "ended", "final / best"),
+                    *("vetoes", "rollbacks", "ended", "last / best", "final / best"),
                 ],
                 own,
             ),
@@ -81,7 +82,7 @@ class Persistent(Benchmark):
             rows.append(cells)
         head = ["plant, fault", "kalmanguard: final / best"]
         for guard in others:
-            head += ["no guard"] if guard == "none" else [f"{guard}: final / best", f"{guard}: first rollback"]
+            head += ["no guard"] if guard == "none" else [f"{guard}: final / best", f"{guard}: confirmed"]
         parts.append(table(head, rows))
         if result["arc"] is None:
             parts.append("The peer ARC is not installed, so it is not in the tables.")
@@ -107,8 +108,9 @@ def _judge(flight: Flight, run: Result) -> dict[str, Any]:
     at = fault_step(flight.recipe, flight.seed)
     events = [e for e in run["events"] if e["step"] >= at]
     seen = next((e["step"] for e in events), None)
-    deed = next((e["step"] for e in events if e["kind"] in ("rollback", "halt")), None)
-    best = min(y for _, y in run["held_out"] if y is not None)
+    deed = next((e["step"] for e in events if e["kind"] in ("veto", "rollback", "halt")), None)
+    before = [y for t, y in run["held_out"] if y is not None and t < at]
+    best = min(before)
     shares = {t: give_back(run["truth"], t) for t, _ in run["truth"] if t >= at}
     kinds = [e["kind"] for e in events]
     return {
@@ -126,6 +128,7 @@ def _judge(flight: Flight, run: Result) -> dict[str, Any]:
         "halted": "halt" in kinds,
         "mode": run.get("mode"),
         "ended": run["ended"] - at,
+        "last_over_best": before[-1] / best,
         "final_over_best": None if run["final"] is None else run["final"] / best,
         "words": [f"{e['step']}: {e['kind']}: {e['text']}" for e in events if e["kind"] != "suspicion"][:20],
     }
@@ -138,8 +141,10 @@ def _own(cases: list[Result]) -> list[object]:
         counts([c["confirmed"] for c in cases]),
         spread([c["given_back"] for c in cases], 2),
         spread([c["most_given_back"] for c in cases], 2),
+        counts([c["vetoes"] for c in cases]),
         counts([c["rollbacks"] for c in cases]),
         ", ".join(endings),
+        spread([c["last_over_best"] for c in cases]),
         spread([c["final_over_best"] for c in cases]),
     ]
 
