@@ -168,7 +168,8 @@ class Judge:
         if episode is None:
             return False
         climbs = episode.explained and episode.rising >= self._settings.patience and self._shows(ledger, m)
-        return episode.drifted or climbs
+        level = ledger.drift.level
+        return climbs or (episode.drifted and level is not None and self._has_lost(ledger, level, _LASTING_SHARE))
 
     def _goes_on(self, ledger: Ledger, m: Measurement) -> bool:
         """Whether innovations go on at this very step, and the training loss shows harm of its own."""
@@ -188,10 +189,13 @@ class Judge:
         An optimizer that has fitted its data has spikes of its own, many deviations high and small beside what was
         gained; they heal. Wrong labels or weights show in the training loss at once.
         """
-        if m.loss is None or not math.isfinite(ledger.lowest_loss):
+        return m.loss is not None and self._has_lost(ledger, m.loss, 1.0)
+
+    def _has_lost(self, ledger: Ledger, loss: float, share: float) -> bool:
+        if not math.isfinite(ledger.lowest_loss):
             return False
         # Negated, so that a loss that is nan shows it too.
-        return not m.loss - ledger.lowest_loss <= self._settings.give_back * (ledger.start - ledger.best)
+        return not loss - ledger.lowest_loss <= share * self._settings.give_back * (ledger.start - ledger.best)
 
     def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict, elapsed: int) -> tuple[Ledger, Verdict]:
         """Above the inner line: harm to be undone, a spike that heals by itself, or overfitting?

@@ -77,7 +77,7 @@ class Ledger(NamedTuple):
 def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
     """A new objective: what was gained on the old one no longer binds."""
     return ledger._replace(
-        objective=objective, began=began, warm=False, start=math.nan, best=math.inf, standard_error=0.0, probes=0, episode=None,
-        declined=False, slots=(), last_snapshot=-(1 << 40), drift=DriftState(), lowest_loss=math.inf,
+        objective=objective, began=began, warm=False, start=math.nan, best=math.inf, standard_error=0.0, probes=0,
+        episode=None, declined=False, slots=(), last_snapshot=-(1 << 40), drift=DriftState(), lowest_loss=math.inf,
         ladder=LadderState(), mode=Mode.WATCHING,
     )  # fmt: skip
