@@ -92,7 +92,8 @@ class Judge:
         if not verdict.accepted:
             return e, ledger, verdict
         assert e.probe.gaussian is not None
-        if _comparable(e, probe):
+        # After a dropped step the state is the same one, so the difference says nothing about the noise between two.
+        if _comparable(e, probe) and m.veto not in ("nonfinite", "explosion"):
             assert e.reference is not None
             error, seen = paired_standard_error(probe.losses, e.reference), ledger.standard_error
             ledger = ledger._replace(standard_error=error if seen == 0 else seen + _ERROR_GAIN * (error - seen))

@@ -137,7 +137,7 @@ class Policy:
             slots = tuple(s for s in slots if s.step != m.outcome.restored_step)
         rung = self._ladder.rung(ledger.ladder, m.step)
         onset = ledger.episode.onset if ledger.episode is not None else m.step
-        target = _target(slots, onset, rung, y)
+        target = _oldest_of_the_best(slots, ledger.standard_error) if rung is None else _target(slots, onset, rung, y)
         if target is None and math.isfinite(y) and not is_restore(m):
             return None
         reason = f"Step {m.step}: {harm}; the state of step {target} is restored (rung {rung} of the ladder)."
@@ -278,20 +278,26 @@ def _gone(before: tuple[Slot, ...], after: tuple[Slot, ...]) -> tuple[int, ...]:
     return tuple(s.step for s in before if s.step not in kept)
 
 
-def _target(slots: tuple[Slot, ...], onset: int, rung: int | None, y: float) -> int | None:
-    """The state to restore: before the onset, older on higher rungs; the best certified one for a halt.
+def _target(slots: tuple[Slot, ...], onset: int, rung: int, y: float) -> int | None:
+    """The state to roll back to: before the onset, older on higher rungs.
 
     A state whose own probe was no better than ``y``, the present one, is never restored: doing nothing is better.
     """
-    certified = [s for s in slots if s.certified]
-    if rung is None:
-        return min(certified, key=lambda s: s.level).step if certified else (slots[0].step if slots else None)
     better = [s for s in slots if not s.certified or not math.isfinite(y) or s.level < y]
     eligible = [s for s in better if s.step < onset and not s.suspect and (rung == 0 or s.certified)]
     if eligible:
         return eligible[max(0, len(eligible) - 1 - rung)].step
     fallback = min((s for s in better if s.certified), key=lambda s: (s.suspect, s.level), default=None)
     return fallback.step if fallback is not None else None
+
+
+def _oldest_of_the_best(slots: tuple[Slot, ...], standard_error: float) -> int | None:
+    """The state to halt at: of the certified ones that probes cannot tell from the best, the one furthest from harm."""
+    certified = [s for s in slots if s.certified]
+    if not certified:
+        return slots[0].step if slots else None
+    line = min(s.level for s in certified) + standard_error
+    return next(s.step for s in certified if s.level <= line)
 
 
 def _level(ledger: Ledger, m: Measurement, verdict: Verdict, evidence: tuple[Evidence, ...]) -> Level:

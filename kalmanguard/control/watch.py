@@ -22,7 +22,7 @@ _RATE_GAIN = 0.01
 #: Steps that a drift takes to lift the statistic out of what healthy training gives.
 _DRIFT_START = 8
 #: Steps between probes while a learning rate is beyond what has been certified.
-_EXCURSION_PROBES = 4
+_EXCURSION_PROBES = 2
 #: Steps between probes of a run that has been restored, and of one on probation after that.
 _RECOVERING_PROBES = 8
 _PROBATION_PROBES = 16
