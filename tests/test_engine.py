@@ -22,6 +22,8 @@ from kalmanguard import statefile
 from kalmanguard.control.envelope import Envelope
 from kalmanguard.control.judgement import Judge, Verdict
 from kalmanguard.control.ledger import Episode
+from kalmanguard.control.policy import _oldest_of_the_best
+from kalmanguard.control.retention import Slot
 from kalmanguard.engine import STATISTICS, Engine, EngineState
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.journal.codec import pack
@@ -707,3 +709,99 @@ def test_statistics_have_their_names() -> None:
     state, decision = Engine(Settings()).step(EngineState(), Measurement(step=1, loss=1.0, learning_rates=(0.1,)))
     assert len(decision.statistics) == len(STATISTICS) == len(set(STATISTICS))
     assert state.ledger.probes == 0
+
+
+def bad_data(m: Measurement, *, norm: float = 6.0) -> Measurement:
+    """A batch on which the model is worse than untrained, with a gradient below ten times the largest so far."""
+    return dataclasses.replace(m, loss=9.0, gradient_norm=norm)
+
+
+def test_bad_data_is_dropped_while_the_state_is_good_and_then_the_ladder_begins() -> None:
+    flight = Flight(descent())
+    steps = list(healthy(400))
+    before = [flight.step(m) for m in steps[:200]][-1]
+    largest = flight.state.estimators.largest_gradient
+    first = flight.step(bad_data(steps[200]))
+    assert (first.action, first.level) == (Action.ACCEPT, Level.SUSPECT)
+    assert before.orders.gate > 9.0 * largest
+    assert first.orders.gate == pytest.approx(largest)  # not raised by the bad gradient itself
+    assert not first.orders.clip
+    for m in steps[201:208]:
+        dropped = flight.step(dataclasses.replace(bad_data(m), veto="explosion", velocity=np.zeros(SKETCH)))
+        assert (dropped.action, dropped.orders.gate, dropped.orders.clip) == (Action.VETO, first.orders.gate, False)
+    last = flight.step(dataclasses.replace(bad_data(steps[208]), veto="explosion", velocity=np.zeros(SKETCH)))
+    assert last.proposed is Action.ROLLBACK
+    assert "8 proposed steps in a row were dropped" in last.reason
+    assert last.orders.restore is not None
+    assert last.orders.restore <= 200
+
+
+def test_the_gate_opens_again_with_the_first_batch_that_is_not_hopeless() -> None:
+    flight = Flight(descent())
+    steps = list(healthy(260))
+    for m in steps[:200]:
+        flight.step(m)
+    tight = flight.step(bad_data(steps[200])).orders.gate
+    dropped = dataclasses.replace(steps[201], gradient_norm=2.0 * tight, veto="explosion", velocity=np.zeros(SKETCH))
+    opened = flight.step(dropped)
+    assert opened.action is Action.VETO
+    assert opened.orders.gate > 9.0 * tight
+    assert {flight.step(m).action for m in steps[202:]} == {Action.ACCEPT}
+
+
+@pytest.mark.parametrize("why", ["no loss is passed", "the state is bad as well", "worse, but not hopeless"])
+def test_the_gate_stays_wide_unless_the_data_alone_is_bad(why: str) -> None:
+    good = descent()
+    harmed = from_step(201, lambda s: good(s) + 0.6, good) if why == "the state is bad as well" else good
+    flight = Flight(harmed)
+    steps = list(healthy(260))
+    for m in steps[:200]:
+        flight.step(dataclasses.replace(m, loss=None) if why == "no loss is passed" else m)
+    loss = {"no loss is passed": None, "worse, but not hopeless": 1.5}.get(why, 9.0)
+    decision = flight.step(dataclasses.replace(steps[200], loss=loss, gradient_norm=6.0))
+    if decision.proposed is Action.ACCEPT:
+        assert decision.orders.gate > 50.0  # ten times the gradient that was just applied, not what was before
+
+
+def test_the_first_state_of_a_suspicion_is_kept_when_the_ring_holds_none_better() -> None:
+    flight = Flight(descent(), settings=Settings(probe_every=5, snapshot_every=40))
+    steps = list(healthy(130))
+    for m in steps[:30]:
+        flight.step(m)
+    flight.step(dataclasses.replace(steps[30], costs=Costs(0.1, 0.01, 0.001, 6)))
+    for m in steps[31:113]:
+        flight.step(m)
+    held = {s.step for s in flight.state.ledger.slots}
+    assert 114 not in held
+    decision = flight.step(dataclasses.replace(steps[113], loss=9.0))
+    assert decision.level is Level.SUSPECT
+    assert decision.orders.snapshot
+    slot = next(s for s in flight.state.ledger.slots if s.step == 114)
+    assert (slot.certified, slot.suspect) == (True, True)
+
+
+def test_a_halt_goes_to_the_oldest_of_the_states_that_probes_cannot_tell_apart() -> None:
+    levels = {10: 0.9, 60: 0.502, 70: 0.500, 80: 0.51}
+    slots = tuple(Slot(step, True, level) for step, level in levels.items())
+    waiting = Slot(90, False, math.inf)
+    assert _oldest_of_the_best((*slots, waiting), 0.005) == 60
+    assert _oldest_of_the_best((*slots, waiting), 0.001) == 70
+    assert _oldest_of_the_best((waiting,), 0.001) == 90
+    assert _oldest_of_the_best((), 0.001) is None
+
+
+def test_a_new_objective_has_a_warm_up_of_its_own() -> None:
+    flight = Flight(descent(), protect=False)
+    steps = list(healthy(400))
+    for m in steps[:200]:
+        flight.step(m)
+    again = descent()
+    flight.probe = lambda step: again(step - 200) + 3.0
+    levels = []
+    for m in steps[200:]:
+        restarted = dataclasses.replace(m, objective=1, loss=4.0 + 3.0 * math.exp(-(m.step - 200) / 80))
+        levels.append(flight.step(restarted).level)
+    warmup = flight.engine.settings.warmup_steps
+    assert set(levels[: warmup - 1]) == {Level.WARMUP}
+    assert levels[-1] is Level.NOMINAL
+    assert {d.proposed for d in flight.decisions} == {Action.ACCEPT}
