@@ -7,12 +7,14 @@ No torch, no clock, no files: everything that it may know arrives in the `Measur
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from kalmanguard.control.cadence import cadence
 from kalmanguard.control.judgement import Judge, Verdict
 from kalmanguard.control.ledger import Ledger, restarted
 from kalmanguard.control.policy import Policy, is_restore, status
+from kalmanguard.control.retention import Slot
 from kalmanguard.control.watch import Watch
 from kalmanguard.detectors.certain import edits
 from kalmanguard.detectors.drift import DriftResult
@@ -39,7 +41,10 @@ class EngineState(NamedTuple):
 
 
 class Foresight(NamedTuple):
-    """What is known of a step before its probe; ``wants_probe`` says whether one should be taken."""
+    """What is known of a step before its probe; ``wants_probe`` says whether one should be taken.
+
+    ``adopt``: the state that was captured right before the step enters the ring.
+    """
 
     state: EngineState
     measurement: Measurement
@@ -47,6 +52,7 @@ class Foresight(NamedTuple):
     innovations: Innovations = Innovations()
     drift: DriftResult | None = None
     wants_probe: bool = False
+    adopt: bool = False
 
 
 class Engine:
@@ -98,12 +104,18 @@ class Engine:
         largest = estimators.largest_gradient
         estimators, innovations = self._bank.step(estimators, m)
         ledger, evidence, drift = self._watch.look(ledger, innovations, m, largest_gradient=largest)
+        adopt = m.braced and ledger.episode is not None and ledger.episode.onset == m.step
+        adopt = adopt and all(slot.step != m.step - 1 for slot in ledger.slots)
+        if adopt:
+            # The state from right before the first step of a suspicion is what a rollback would want.
+            ledger = ledger._replace(slots=(*ledger.slots, Slot(m.step - 1, False, math.inf)))
+            saved = (*saved, (m.step - 1, state.estimators))
         wants = self._watch.wants_probe(ledger, m.step)
-        return Foresight(EngineState(estimators, ledger, saved), m, evidence, innovations, drift, wants)
+        return Foresight(EngineState(estimators, ledger, saved), m, evidence, innovations, drift, wants, adopt)
 
     def decide(self, foresight: Foresight, probe: ProbeReading | None) -> tuple[EngineState, Decision]:
         """Judge a step, with its probe if one was taken, and say what to do."""
-        (estimators, ledger, saved), m, evidence, innovations, drift, _ = foresight
+        (estimators, ledger, saved), m, evidence, innovations, drift, _, adopt = foresight
         ledger = _count_skips(ledger, m)
         verdict = Verdict()
         if probe is not None and ledger.mode is not Mode.HALTED:
@@ -127,6 +139,8 @@ class Engine:
                     ledger, m, verdict, evidence, statistics, largest_gradient=estimators.largest_gradient
                 )
             ledger, decision = ruling
+            if adopt:
+                decision = replace(decision, orders=replace(decision.orders, adopt=True))
         if decision.orders.snapshot:
             saved = (*(pair for pair in saved if pair[0] != m.step), (m.step, estimators))
         if decision.orders.evict or decision.orders.snapshot:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kalmanguard.actuators.actuator import Actuator
+from kalmanguard.detectors.excursion import RATIO
 from kalmanguard.engine import Engine, EngineState
 from kalmanguard.errors import JournalError, RestoreFailed, SnapshotError
 from kalmanguard.incidents import Incidents
@@ -25,6 +26,8 @@ from kalmanguard.settings import Settings
 _FIT_AT, _COSTS_AT = 5, 25
 #: Largest logarithm of a gradient norm that is a float again.
 _LARGEST_LOG = 700.0
+#: Times the largest gradient norm so far beyond which the state is captured before the step is applied.
+_DARING = 1.2
 #: Latest events that are kept at hand for a report; all of them stand in the journal.
 _EVENTS = 1000
 
@@ -68,7 +71,7 @@ class Loop:
         self.events: deque[tuple[int, str]] = deque(maxlen=_EVENTS)
         self.timings = Timings()
         self._costs: Costs | None = None
-        self._snapshot_failed = False
+        self._snapshot_failed = self._braced = False
         self._first_reading: ProbeReading | None = None
 
     @property
@@ -87,6 +90,9 @@ class Loop:
         if self._snapshot_failed:
             measurement = dataclasses.replace(measurement, snapshot_failed=True)
             self._snapshot_failed = False
+        if self._braced:
+            measurement = dataclasses.replace(measurement, braced=True)
+            self._braced = False
         foresight = self.engine.observe(self.state, measurement)
         reading = None
         if foresight.wants_probe:
@@ -147,7 +153,7 @@ class Loop:
         self.state = self.engine.init()
         self._costs = None
         self.actuator.clear()
-        self.tap.gate = math.inf
+        self.tap.gate = self.tap.brace_norm = self.tap.brace_rate = math.inf
         self.suite.interrupt()
 
     def resume_at(self, step: int, objective: int, state: EngineState) -> None:
@@ -170,13 +176,33 @@ class Loop:
             tap.gate = math.inf
             return decision
         tap.gate, tap.clip = orders.gate, orders.clip
+        tap.brace_norm, tap.brace_rate = self._bounds_to_brace_at()
         if decision.proposed in (Action.ROLLBACK, Action.HALT):
             return self._roll_back(decision)
         if orders.release:
             self.actuator.release()
-        if orders.snapshot or orders.evict or orders.certify:
+        if orders.snapshot or orders.evict or orders.certify or orders.adopt:
             self._keep(decision)
         return decision
+
+    def _bounds_to_brace_at(self) -> tuple[float, float]:
+        """Gradient norm and learning rate beyond what has been seen, before which the state is captured."""
+        ledger = self.state.ledger
+        if not (self.actuator.braces and ledger.warm and ledger.mode is Mode.WATCHING and ledger.episode is None):
+            return math.inf, math.inf
+        norm, excursion = _DARING * self.state.estimators.largest_gradient, ledger.excursion
+        return norm or math.inf, RATIO * excursion.fired_at * max(excursion.reference, default=math.inf)
+
+    def brace(self) -> None:
+        """Capture the state before a step that looks dangerous: called in the middle of the step, before its update."""
+        if self.suite.tampered or self.step in self.actuator.ring.steps():
+            return
+        try:
+            self.actuator.brace(self.step)
+            self._braced = True
+        except Exception as fault:
+            what = f"the state of step {self.step} could not be captured: {type(fault).__name__}: {fault}"
+            self.incidents.report(self.step, what, fault)
 
     def _keep(self, decision: Decision) -> None:
         try:
@@ -185,7 +211,7 @@ class Loop:
                 self._checkpoint(decision.step)
         except Exception as fault:
             # The engine must not count on a state that the ring does not hold.
-            self._snapshot_failed = decision.step not in self.actuator.ring.steps()
+            self._snapshot_failed = decision.orders.snapshot and decision.step not in self.actuator.ring.steps()
             what = f"the snapshot of step {decision.step} failed: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)
 

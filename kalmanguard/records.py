@@ -138,6 +138,9 @@ class Measurement:
         Number of times that the user declared a new objective.
     snapshot_failed
         The snapshot that was ordered before could not be taken.
+    braced
+        The state from before this step was captured right before the step was applied, because its gradient or its
+        learning rate was larger than any so far.
     """
 
     step: int
@@ -156,6 +159,7 @@ class Measurement:
     costs: Costs | None = None
     objective: int = 0
     snapshot_failed: bool = False
+    braced: bool = False
 
 
 class Innovation(NamedTuple):
@@ -190,6 +194,8 @@ class Orders:
 
     Attributes
     ----------
+    adopt
+        The state that was captured right before this step enters the ring, as the step before.
     snapshot
         Capture the present state into the ring as ``step``.
     certified
@@ -219,6 +225,7 @@ class Orders:
     gate: float = math.inf
     clip: bool = False
     release: bool = False
+    adopt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,9 @@ class Flight:
         self.log.append((m, decision))
         if self.protect:
             orders = decision.orders
+            if orders.adopt:
+                assert decision.step - 1 not in self.ring
+                self.ring.add(decision.step - 1)
             assert set(orders.evict) <= self.ring
             self.ring -= set(orders.evict)
             assert set(orders.certify) <= self.ring
@@ -71,7 +74,7 @@ class Flight:
                 self.ring.add(decision.step)
             if decision.mode is not Mode.HALTED:
                 assert self.ring == {s.step for s in self.state.ledger.slots}
-            assert len(self.ring) <= max(2, self.state.ledger.capacity)
+            assert len(self.ring) <= max(2, self.state.ledger.capacity) + 1
         return decision
 
     def step(self, m: Measurement) -> Decision:

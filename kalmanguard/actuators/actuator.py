@@ -12,7 +12,7 @@ from torch import nn
 
 from kalmanguard.actuators.actions import Controls, Recovery, RecoveryAction
 from kalmanguard.actuators.effects import LearningRateLimit
-from kalmanguard.control.retention import MOST_SLOTS
+from kalmanguard.control.retention import MOST_SLOTS, SMALL_RING
 from kalmanguard.errors import RestoreFailed, SnapshotError
 from kalmanguard.records import Action, Decision, Orders, Outcome
 from kalmanguard.sensors.optimizer import OptimizerTap
@@ -24,6 +24,8 @@ from kalmanguard.snapshots.ring import Ring
 from kalmanguard.snapshots.state import TrainingState
 
 _DISK_BYTES_PER_S = 2e8
+#: Slots that are set aside to brace: one that is being filled, and one that has just entered the ring.
+_BRACES = 2
 
 
 class Actuator:
@@ -63,7 +65,9 @@ class Actuator:
     ) -> None:
         self._model, self._tap, self.state = model, tap, state
         self._settings, self._recovery = settings, recovery
-        self.ring = Ring(state, slots=MOST_SLOTS)
+        self.ring = Ring(state, slots=MOST_SLOTS + 1)
+        #: Whether there is memory to capture a state beside the ring, right before a step that looks dangerous.
+        self.braces = False
         self._folder, self._extras, self._describe = folder, extras, describe
         self.store = CheckpointStore(folder) if folder is not None else None
         self._limit = LearningRateLimit()
@@ -71,25 +75,30 @@ class Actuator:
         self._rates: dict[int, tuple[tuple[float, ...], ...]] = {}
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._next_checkpoint = 0.0
+        self._braced_rates: tuple[tuple[float, ...], ...] = ()
         self._restored = -1
         #: Seconds that the latest capture took, between two training steps.
         self.capture_s = 0.0
 
     def capacity(self) -> int:
-        """Slots that fit the memory budget.
+        """Slots that fit the memory budget; where there is room for more than a small ring, two are set aside to brace.
 
         Raises
         ------
         SnapshotError
             Fewer than two fit, and there is no run folder to keep them in.
         """
-        return slots_for(
-            self.state.bytes_per_slot(), self._settings.snapshot_bytes, spill=self._folder, most=MOST_SLOTS
-        )
+        most = MOST_SLOTS + _BRACES
+        fit = slots_for(self.state.bytes_per_slot(), self._settings.snapshot_bytes, spill=self._folder, most=most)
+        self.braces = fit > SMALL_RING + _BRACES
+        return fit - _BRACES if self.braces else min(fit, MOST_SLOTS)
 
     def keep(self, orders: Orders, step: int) -> None:
         """Execute what concerns the ring: evict, certify, capture."""
         # An observing supervisor keeps nothing but what was captured by hand.
+        if orders.adopt:
+            self.ring.adopt(step - 1)
+            self._rates[step - 1] = self._braced_rates
         held = self.ring.steps()
         for old in orders.evict:
             if old in held:
@@ -102,11 +111,23 @@ class Actuator:
             started = time.perf_counter()
             self.ring.capture(step)
             self.capture_s = time.perf_counter() - started
-            self._rates[step] = tuple(
-                tuple(float(group["lr"]) for group in optimizer.param_groups) for optimizer in self._tap.optimizers
-            )
+            self._rates[step] = self._present_rates()
             if orders.certified:
                 self.ring.certify(step)
+
+    def brace(self, step: int) -> None:
+        """Capture the state that ``step`` has left, beside the ring, right before the next step is applied."""
+        self.ring.brace(step)
+        # The learning rates of the step to come may be what makes it dangerous.
+        now = self._present_rates()
+        last = iter(self._tap.last_rates)
+        known = len(self._tap.last_rates) == sum(map(len, now))
+        self._braced_rates = tuple(tuple(next(last) for _ in group) for group in now) if known else now
+
+    def _present_rates(self) -> tuple[tuple[float, ...], ...]:
+        return tuple(
+            tuple(float(group["lr"]) for group in optimizer.param_groups) for optimizer in self._tap.optimizers
+        )
 
     def restore(self, step: int, *, action: Action, rung: int, manual: bool = False) -> Outcome:
         """Restore a ring slot and show that it is the captured state, bit for bit.

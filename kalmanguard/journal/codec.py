@@ -9,7 +9,8 @@ Layout of version 1, little-endian throughout. ``body`` is
    piece of evidence;
 3. the reason, UTF-8;
 4. the tail, an ASCII JSON object, empty in an uneventful step: ``evidence`` (lists of detector, fired, guarantee,
-   message, has p, has e), ``tampered``, ``veto``, ``certificate``, ``outcome``, ``slots``, ``certify``, ``evict``.
+   message, has p, has e), ``tampered``, ``veto``, ``certificate``, ``outcome``, ``slots``, ``certify``, ``evict``,
+   ``adopt``.
 
 ``blob`` is float64: velocity, probe losses, and the decision's statistics in what is left.
 """
@@ -43,7 +44,7 @@ VERSION = 1
 HEAD = struct.Struct("<7BH8I4q6d")
 
 LOSS, GRADIENT_NORM, VELOCITY, BUFFER_NORM, PARAMETERS_FINITE, SNAPSHOT_FAILED, PROBE = (1 << i for i in range(7))
-COSTS, OUTCOME, RESTORED, RESTORE, SNAPSHOT, CERTIFIED, CLIP, RELEASE = (1 << i for i in range(7, 15))
+COSTS, OUTCOME, RESTORED, RESTORE, SNAPSHOT, CERTIFIED, CLIP, RELEASE, BRACED = (1 << i for i in range(7, 16))
 
 ACTIONS = (Action.ACCEPT, Action.VETO, Action.ROLLBACK, Action.HALT)
 LEVELS = (Level.WARMUP, Level.NOMINAL, Level.SUSPECT, Level.CONFIRMED)
@@ -117,6 +118,8 @@ def _pack(m: Measurement, d: Decision, statistics: bytes | None) -> tuple[bytes,
         flags |= PARAMETERS_FINITE
     if m.snapshot_failed:
         flags |= SNAPSHOT_FAILED
+    if m.braced:
+        flags |= BRACED
     if (restored := d.restored_step) is None:
         restored = 0
     else:
@@ -136,6 +139,8 @@ def _pack(m: Measurement, d: Decision, statistics: bytes | None) -> tuple[bytes,
         restore = orders.restore
     if orders.certify or orders.evict:
         tail = {"certify": orders.certify, "evict": orders.evict}
+    if orders.adopt:
+        tail = {**(tail or {}), "adopt": True}
     if d.evidence or m.tampered or veto == OTHER or certificate == OTHER or m.outcome or m.costs:
         flags, values, rare = _rare(m, d, flags, veto, certificate)
         tail = rare if tail is None else tail | rare
@@ -240,6 +245,7 @@ def _unpack(body: bytes, blob: bytes) -> tuple[Measurement, Decision]:
         costs=costs,
         objective=objective,
         snapshot_failed=bool(flags & SNAPSHOT_FAILED),
+        braced=bool(flags & BRACED),
     )
     decision = Decision(
         step=decision_step,
@@ -261,6 +267,7 @@ def _unpack(body: bytes, blob: bytes) -> tuple[Measurement, Decision]:
             gate=gate,
             clip=bool(flags & CLIP),
             release=bool(flags & RELEASE),
+            adopt=bool(tail.get("adopt", False)),
         ),
         statistics=tuple(unpack_statistics(body, blob).tolist()),
     )

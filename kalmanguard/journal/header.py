@@ -31,7 +31,7 @@ def header(settings: Settings, recovery: dict[str, object], model: Any, examples
             "lambda_rule": LAMBDA_RULE,
             "c": STAKE,
             # What a probe's bit of information can set off: any slot on any rung.
-            "kinds": RUNGS * MOST_SLOTS,
+            "kinds": RUNGS * (MOST_SLOTS + 1),
         },
         "probe": {"n": examples, "digest": digest},
         "model": {

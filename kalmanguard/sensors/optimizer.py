@@ -55,8 +55,14 @@ class OptimizerTap:
     on_veto
         Called with a function that drops the step, when the gradient asks for that; by default it is dropped.
 
+    on_brace
+        Called right before a step is applied whose gradient is larger than `brace_norm` or whose learning rate is
+        larger than `brace_rate`, with the state still as the step before has left it.
+
     Attributes
     ----------
+    last_rates
+        Learning rates of the step before, per optimizer that stepped and param group.
     other_ended_s
         When the last step of an optimizer ended that trains something else (``time.perf_counter``): what came before
         is no part of this model's step.
@@ -78,11 +84,15 @@ class OptimizerTap:
         before_first_step: Callable[[], None] | None = None,
         before_step: Callable[[], None] | None = None,
         on_veto: Callable[[Callable[[], None]], None] | None = None,
+        on_brace: Callable[[], None] | None = None,
     ) -> None:
         self._ids = {id(p) for p in parameters}
         self.optimizers: list[Optimizer] = []
         self._protect = protect
         self._before_first_step, self._before_step, self._on_veto = before_first_step, before_step, on_veto
+        self._on_brace = on_brace
+        self.brace_norm = self.brace_rate = math.inf
+        self.rates: tuple[float, ...] = ()
         self._begun = False
         self.effects: list[StepEffect] = []
         self.gate = math.inf
@@ -124,7 +134,7 @@ class OptimizerTap:
         self._square = 0.0
         self._seen_gradient = False
         self.veto: str | None = None
-        self.rates: tuple[float, ...] = ()
+        self.last_rates, self.rates = self.rates, ()
         self.effective: tuple[float, ...] = ()
 
     @property
@@ -191,9 +201,15 @@ class OptimizerTap:
         if kwargs.get("closure") is None and not any(callable(a) for a in args[1:]):
             self._judge(optimizer)
         if id(optimizer) not in self._stashed:
+            if self.steps == 0 and self._on_brace is not None and self._is_daring(rates):
+                self._on_brace()
             for effect in self.effects:
                 effect.before_step(optimizer)
         self.effective += tuple(float(group["lr"]) for group in optimizer.param_groups)
+
+    def _is_daring(self, rates: tuple[float, ...]) -> bool:
+        norm = self._square**0.5 if self._seen_gradient else 0.0
+        return norm > self.brace_norm or max(rates, default=0.0) > self.brace_rate
 
     def _judge(self, optimizer: Optimizer) -> None:
         gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]

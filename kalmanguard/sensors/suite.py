@@ -60,6 +60,11 @@ class SensorSuite:
         dtypes = {torch.float32, *(p.dtype for _, p in trained if _is_float(p))}
         self._epsilon = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
 
+    @property
+    def tampered(self) -> bool:
+        """Whether something else than the optimizer has changed the state that the step in work starts from."""
+        return bool(self._tampered)
+
     def before_step(self) -> None:
         """Check integrity; called right before the first optimizer step since the last measurement."""
         self._tampered = self._integrity.check()

@@ -82,6 +82,7 @@ class Ring:
         self._slots = slots
         self._entries: dict[int, _Entry] = {}
         self._free: list[Slot] = []
+        self._braced: tuple[int, Slot] | None = None
         self._shared = _Shared()
         self._worker: threading.Thread | None = None
 
@@ -97,6 +98,8 @@ class Ring:
     def nbytes(self) -> int:
         """Bytes of all slots, free ones and the shared base copies of frozen tensors included."""
         slots = [*self._free, *[entry.slot for entry in self._entries.values()]]
+        if self._braced is not None:
+            slots.append(self._braced[1])
         return sum(slot.nbytes for slot in slots) + self._state.base_bytes
 
     def steps(self) -> tuple[int, ...]:
@@ -131,6 +134,25 @@ class Ring:
                 self._free.append(slot)
             raise
         self._entries[step] = _Entry(slot, step)
+
+    def brace(self, step: int) -> None:
+        """Copy the present state, as ``step``, into a slot beside the ring, until `adopt` or the next call."""
+        slot = self._braced[1] if self._braced is not None else self._free.pop() if self._free else None
+        self._braced = None
+        self._braced = step, self._state.capture(slot)
+
+    def adopt(self, step: int) -> None:
+        """Take the state that `brace` has captured as ``step`` into the ring.
+
+        Raises
+        ------
+        SnapshotError
+            That state was not captured, or the ring holds one of that step.
+        """
+        if self._braced is None or self._braced[0] != step or step in self._entries:
+            raise SnapshotError(f"The state before step {step + 1} was not captured, so it cannot enter the ring.")
+        self._entries[step] = _Entry(self._braced[1], step)
+        self._braced = None
 
     def evict(self, step: int) -> None:
         """Give the slot of ``step`` up."""
@@ -208,6 +230,7 @@ class Ring:
             self._worker = None
         self._entries.clear()
         self._free.clear()
+        self._braced = None
 
     def _entry(self, step: int) -> _Entry:
         entry = self._entries.get(step)
