@@ -61,8 +61,8 @@ class Persistent(Benchmark):
             "Steps after the beginning of the fault, median / most; *confirmed*: the first veto, rollback or halt; "
             "*given back*: share of the progress (on examples that no guard sees) that is lost when it comes; "
             "*final / best*: held-out loss at the end over the least before the fault, which is measured every ten "
-            "steps, both of the same run; *last / best*: the same for the last measurement before the fault, which is "
-            "what stopping in time would have given. A run ends after 800 steps, or halted.",
+            "steps and in the last one, both of the same run; *last / best*: the same for that last step before the fault, "
+            "which is what stopping in time would have given. A run ends after 800 steps, or halted.",
             table(
                 [
                     *("plant, fault", "suspected", "confirmed", "given back", "largest ever"),
@@ -100,7 +100,7 @@ def _flight(recipe: str, seed: int, steps: int, notation: str, guard: str) -> Fl
         place=seed,
         # Not before step 30: the supervisor measures what a step costs, and looking takes time.
         truth=(0, *range(30, at, 10), *range(at, min(at + 200, steps + 1)), *range(at + 200, steps + 1, 5)),
-        held_out=tuple(range(30, at, 10)),
+        held_out=(*range(30, at - 1, 10), at - 1),
     )
 
 
