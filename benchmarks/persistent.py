@@ -61,8 +61,8 @@ class Persistent(Benchmark):
             "Steps after the beginning of the fault, median / most; *confirmed*: the first veto, rollback or halt; "
             "*given back*: share of the progress (on examples that no guard sees) that is lost when it comes; "
             "*final / best*: held-out loss at the end over the least before the fault, which is measured every ten "
-            "steps and in the last one, both of the same run; *last / best*: the same for that last step before the fault, "
-            "which is what stopping in time would have given. A run ends after 800 steps, or halted.",
+            "steps and in the last one, both of the same run; *last / best*: the same for that last one, which is what "
+            "stopping in time would have given. A run ends after 800 steps, or halted.",
             table(
                 [
                     *("plant, fault", "suspected", "confirmed", "given back", "largest ever"),

@@ -71,7 +71,8 @@ class Loop:
         self.events: deque[tuple[int, str]] = deque(maxlen=_EVENTS)
         self.timings = Timings()
         self._costs: Costs | None = None
-        self._snapshot_failed = self._braced = False
+        self._snapshot_failed = False
+        self._braced_at = -1
         self._first_reading: ProbeReading | None = None
 
     @property
@@ -90,9 +91,8 @@ class Loop:
         if self._snapshot_failed:
             measurement = dataclasses.replace(measurement, snapshot_failed=True)
             self._snapshot_failed = False
-        if self._braced:
+        if self._braced_at == self.step - 1:
             measurement = dataclasses.replace(measurement, braced=True)
-            self._braced = False
         foresight = self.engine.observe(self.state, measurement)
         reading = None
         if foresight.wants_probe:
@@ -145,6 +145,7 @@ class Loop:
         self.journal.record("outcome", self.step, dataclasses.asdict(outcome))
         if outcome.error is not None:
             self.incidents.report(self.step, f"rollback to step {target}: {outcome.error}")
+        self._braced_at = -1
         self.suite.interrupt()
         return outcome
 
@@ -152,6 +153,7 @@ class Loop:
         """Forget what was learned, and what the ring holds."""
         self.state = self.engine.init()
         self._costs = None
+        self._braced_at = -1
         self.actuator.clear()
         self.tap.gate = self.tap.brace_norm = self.tap.brace_rate = math.inf
         self.suite.interrupt()
@@ -199,7 +201,7 @@ class Loop:
             return
         try:
             self.actuator.brace(self.step)
-            self._braced = True
+            self._braced_at = self.step
         except Exception as fault:
             what = f"the state of step {self.step} could not be captured: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)

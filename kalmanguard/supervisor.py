@@ -191,7 +191,7 @@ class Supervisor:
             # The loop does not exist yet, and a hook must not keep its supervisor alive.
             before_first_step=lambda: _alive(own)._loop.begin(),  # noqa: PLW0108
             before_step=lambda: _alive(own)._loop.suite.before_step(),  # noqa: PLW0108
-            on_veto=lambda drop: _alive(own)._loop.veto(drop),  # noqa: PLW0108
+            on_veto=None if recovery.vetoes_plainly else (lambda drop: _alive(own)._loop.veto(drop)),  # noqa: PLW0108
             on_brace=lambda: _alive(own)._loop.brace(),  # noqa: PLW0108
         )
         self._extras: dict[str, Any] = {}

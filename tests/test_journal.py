@@ -84,6 +84,7 @@ measurements = st.builds(
     costs=st.none() | st.builds(Costs, floats, floats, floats, st.integers(0, 1000)),
     objective=st.integers(0, 2**31),
     snapshot_failed=st.booleans(),
+    braced=st.booleans(),
 )
 evidence = st.builds(
     Evidence, texts, floats, st.booleans(), st.sampled_from(Guarantee), texts, st.none() | floats, st.none() | floats
@@ -99,6 +100,7 @@ orders = st.builds(
     gate=floats,
     clip=st.booleans(),
     release=st.booleans(),
+    adopt=st.booleans(),
 )
 decisions = st.builds(
     Decision,

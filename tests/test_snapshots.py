@@ -1104,3 +1104,30 @@ def test_cuda_states_are_copied_beside_the_computation_and_come_back(device: Any
         assert state.digest() == digest == state.digest(slot)
         step(20)
         assert same([parameter.detach() for parameter in model.parameters()], expected)
+
+
+def test_a_braced_state_enters_the_ring_or_is_overwritten() -> None:
+    model = nn.Linear(4, 3)
+    state = TrainingState(model, optimizers=[], schedulers=[])
+    with Ring(state, slots=3) as ring:
+        ring.capture(1)
+        ring.brace(4)
+        digest = state.digest()
+        _ = nn.init.ones_(model.weight)
+        assert ring.steps() == (1,)
+        with pytest.raises(SnapshotError, match="The state before step 6 was not captured"):
+            ring.adopt(5)
+        ring.adopt(4)
+        assert ring.steps() == (1, 4)
+        with pytest.raises(SnapshotError, match="The state before step 5 was not captured"):
+            ring.adopt(4)
+        ring.restore(4)
+        assert state.digest() == digest
+        held = ring.nbytes
+        ring.brace(5)
+        ring.brace(6)
+        assert ring.nbytes == held + ring.slot(1).nbytes
+        ring.evict(1)
+        ring.adopt(6)
+        ring.brace(7)
+        assert ring.nbytes == held + ring.slot(4).nbytes

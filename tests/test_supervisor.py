@@ -1292,3 +1292,147 @@ def test_no_warning_and_no_thread_is_left_behind() -> None:
         del run
         gc.collect()
     assert threading.active_count() <= before
+
+
+# -- bracing ----------------------------------------------------------------------------------------------------------
+
+
+def spike(at: int, factor: float, *, steps: int = 1) -> Hook:
+    """Multiply the learning rate for some steps, right before they are applied."""
+
+    def hook(run: Run, step: int) -> None:
+        if step == at:
+            run.optimizer.param_groups[0]["lr"] *= factor
+        if step == at + steps:
+            run.optimizer.param_groups[0]["lr"] /= factor
+
+    return hook
+
+
+def test_a_learning_rate_spike_is_undone_without_a_step_lost(runs: list[Run], tmp_path: Path) -> None:
+    """Step 87 lies between two snapshots; the state that comes back is the one that step 86 has left."""
+    run = Run(run_dir=tmp_path / "run", settings=Settings(probe_examples=128, probe_every=20, snapshot_every=25))
+    runs.append(run)
+    run.go(86)
+    before = run.weights()
+    assert 86 not in run.supervisor._loop.actuator.ring.steps()
+    decision = run.go(1, spike(87, 300.0))[0]
+    assert (decision.action, decision.restored_step) == (Action.ROLLBACK, 86)
+    assert run.weights() == before
+    run.go(1)
+    run.supervisor.close()
+    with JournalReader(tmp_path / "run") as reader:
+        last = list(reader.steps())[-1][0]
+    assert (last.step, last.learning_rates) == (88, pytest.approx((0.9,)))
+    assert last.lr_factor == pytest.approx(1 / 300)  # held at the rate of step 86, not at what the spike has set
+    assert replay(tmp_path / "run").identical
+    assert verify(tmp_path / "run").exit_code == 0
+
+
+def test_bracing_changes_nothing_in_a_healthy_run(runs: list[Run], tmp_path: Path) -> None:
+    """A larger gradient than any before is captured in front of, and then forgotten."""
+    bare, run = Run(run_dir=None), Run(run_dir=tmp_path / "run")
+    runs += [bare, run]
+    ring = run.supervisor._loop.actuator.ring
+    braced: list[int] = []
+
+    def larger(run: Run, step: int) -> None:
+        if step in (120, 155):
+            for p in run.model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(4.0)
+
+    def see(run: Run, step: int) -> None:
+        if run is not bare and ring._braced is not None and ring._braced[0] == step - 1:
+            braced.append(step)
+
+    bare.supervisor.close()
+    for step in range(1, 201):
+        x, y = bare.batch(step)
+        F.cross_entropy(bare.model(x), y).backward()
+        larger(bare, step)
+        bare.optimizer.step()
+        bare.optimizer.zero_grad()
+    run.go(200, larger, see)
+    assert {120, 155} <= set(braced)
+    assert run.weights() == bare.weights()
+    run.supervisor.close()
+    with JournalReader(tmp_path / "run") as reader:
+        assert [m.step for m, _ in reader.steps() if m.braced] == braced
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_state_that_was_edited_is_not_braced(runs: list[Run], monkeypatch: pytest.MonkeyPatch, edited: bool) -> None:
+    run = Run()
+    runs.append(run)
+    run.go(103)
+    actuator, braced = run.supervisor._loop.actuator, []
+    monkeypatch.setattr(actuator.ring, "brace", braced.append)
+
+    def larger(run: Run, step: int) -> None:
+        for p in run.model.parameters():
+            assert p.grad is not None
+            p.grad.mul_(4.0)
+
+    if edited:
+        with torch.no_grad():
+            run.model[0].weight.mul_(1.01)
+    x, y = run.batch(104)
+    F.cross_entropy(run.model(x), y).backward()
+    larger(run, 104)
+    run.optimizer.step()
+    assert braced == ([] if edited else [103])
+
+
+def test_there_is_no_bracing_without_the_memory_for_it(runs: list[Run]) -> None:
+    run = Run(settings=Settings(probe_examples=128, probe_every=5, snapshot_every=10, snapshot_bytes=150_000))
+    runs.append(run)
+    run.go(80)
+    loop = run.supervisor._loop
+    assert loop.state.ledger.capacity == 5
+    assert not loop.actuator.braces
+    assert loop.tap.brace_norm == loop.tap.brace_rate == math.inf
+
+
+def test_a_braced_state_is_forgotten_when_the_run_is_rolled_back_by_hand(runs: list[Run]) -> None:
+    """The state in front of the step was given up, so the next step does not start from it."""
+    run = Run()
+    runs.append(run)
+    run.go(103)
+    loop = run.supervisor._loop
+    x, y = run.batch(104)
+    F.cross_entropy(run.model(x), y).backward()
+    for p in run.model.parameters():
+        assert p.grad is not None
+        p.grad.mul_(4.0)
+    run.optimizer.step()
+    assert loop._braced_at == 103
+    run.supervisor.rollback(loop.actuator.ring.steps()[-1])
+    run.optimizer.zero_grad()
+    decisions = run.go(20)
+    assert loop._braced_at == -1
+    assert {d.orders.adopt for d in decisions} == {False}
+    assert run.supervisor.statistics()["errors"] == 0
+
+
+def test_a_fused_optimizer_is_protected_without_reading_its_gradients_first(runs: list[Run]) -> None:
+    """What an accelerator does, forced on the CPU: the flag skips the step, and the veto is told afterwards."""
+    run = Run()
+    runs.append(run)
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=3e-3, fused=True)
+    tap = run.supervisor._loop.tap
+    tap._by_flag = True
+    run.go(60)
+
+    def poison(run: Run, step: int) -> None:
+        first = next(run.model.parameters())
+        assert first.grad is not None
+        first.grad[0, 0] = math.nan
+
+    before = run.weights()
+    decision = run.go(1, poison)[0]
+    assert (decision.action, decision.level) == (Action.VETO, Level.CONFIRMED)
+    assert run.weights() == before
+    assert {d.action for d in run.go(20)} == {Action.ACCEPT}
+    assert run.weights() != before
+    assert run.supervisor.statistics()["vetoes"] == 1

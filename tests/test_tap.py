@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from kalmanguard.errors import BindError
 from kalmanguard.records import OVERWRITE
 from kalmanguard.sensors.integrity import IntegritySensor
-from kalmanguard.sensors.optimizer import OptimizerTap, total_norm
+from kalmanguard.sensors.norm import total_norm
+from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.suite import SensorSuite
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -711,3 +712,120 @@ def test_nothing_is_warned_about() -> None:
         for _ in range(3):
             flight.step(1.0)
         flight.tap.close()
+
+
+# -- skipping by a flag on the device ---------------------------------------------------------------------------------
+
+FUSED: dict[str, MakeOptimizer] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, fused=True),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_optimizer_skips_by_a_flag_and_is_otherwise_left_alone(name: str, taps: list[OptimizerTap]) -> None:
+    model, twin = network(), network()
+    optimizer, plain = FUSED[name](model.parameters()), FUSED[name](twin.parameters())
+    tap = OptimizerTap(model.parameters(), by_flag=True)
+    taps.append(tap)
+    for seed, gate, spoil in (
+        (0, math.inf, 1.0),
+        (1, math.inf, 1.0),
+        (2, math.inf, math.nan),
+        (3, 1e-3, 1.0),
+        (4, 1e9, 1),
+    ):
+        tap.reset()
+        tap.gate = gate
+        gradients(model, seed)
+        gradients(twin, seed)
+        before = state_of(model, optimizer)
+        given = [p.grad for p in model.parameters()]
+        given[0].mul_(spoil)  # type: ignore[union-attr]
+        norm = total_norm([g for g in given if g is not None])
+        optimizer.step()
+        assert not hasattr(optimizer, "found_inf")
+        skipped = not norm <= gate or math.isnan(norm)
+        # A first step that makes buffers must write them, so it is read before; Adagrad has them from the start.
+        assert len(tap._unread) == (seed > 0 or name == "Adagrad")
+        if skipped:
+            assert state_of(model, optimizer) == before
+        else:
+            plain.step()
+            assert state_of(model, optimizer) == state_of(twin, plain)
+        assert all(p.grad is g for p, g in zip(model.parameters(), given, strict=True))
+        assert tap.veto is None
+        tap.read()
+        assert tap.veto == ("nonfinite" if math.isnan(norm) else "explosion" if skipped else None)
+        assert tap.gradient_norm == pytest.approx(norm, rel=1e-6, nan_ok=True)
+        assert tap.steps == 1
+
+
+def test_a_gradient_is_scaled_down_on_its_device(taps: list[OptimizerTap]) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=1e-30, fused=True)
+    tap = OptimizerTap(model.parameters(), by_flag=True)
+    taps.append(tap)
+    gradients(model, 0)
+    optimizer.step()
+    tap.reset()
+    tap.clip, tap.gate = True, 0.05
+    gradients(model, 1)
+    norm = total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    moved = total_norm([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    assert norm > 0.1
+    assert moved == pytest.approx(0.05, rel=1e-4)
+    tap.read()
+    assert (tap.veto, tap.gradient_norm) == ("clipped", pytest.approx(norm, rel=1e-6))
+
+
+class Acting:
+    active = True
+
+    def before_step(self, optimizer: Optimizer) -> None: ...
+
+    def after_step(self, optimizer: Optimizer) -> None: ...
+
+
+@pytest.mark.parametrize("why", ["on_veto", "effect", "observe", "not fused", "scaler"])
+def test_the_gradient_is_read_before_the_step_where_a_flag_will_not_do(why: str, taps: list[OptimizerTap]) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=why != "not fused")
+    on_veto = (lambda drop: drop()) if why == "on_veto" else None
+    tap = OptimizerTap(model.parameters(), protect=why != "observe", on_veto=on_veto, by_flag=True)
+    taps.append(tap)
+    if why == "effect":
+        tap.effects.append(Acting())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=why == "scaler")
+    for _ in range(2):
+        tap.reset()
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(4, 5)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert tap._unread == []
+        assert tap.gradient_norm is not None
+
+
+def test_a_flag_is_taken_away_when_the_step_fails(taps: list[OptimizerTap]) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    tap = OptimizerTap(model.parameters(), by_flag=True)
+    taps.append(tap)
+    gradients(model, 0)
+    optimizer.step()
+    gradients(model, 1)
+    optimizer.param_groups[0]["betas"] = None  # the step raises after its pre-hooks
+    with pytest.raises(TypeError):
+        optimizer.step()
+    assert hasattr(optimizer, "found_inf")
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    tap.reset()
+    optimizer.step()
+    assert not hasattr(optimizer, "found_inf")
+    tap.read()
+    assert tap.veto is None

@@ -279,6 +279,11 @@ class Recovery:
         if not isinstance(self.on_halt[-1], Halt):
             raise ConfigurationError(f"on_halt ends with {self.on_halt[-1].describe()}; put the Halt last.")
 
+    @property
+    def vetoes_plainly(self) -> bool:
+        """Whether a veto does no more than to drop the update, so that nobody has to know of it before the step."""
+        return all(type(action) is Veto for action in self.on_veto)
+
     def actions(self, rung: int) -> tuple[RecoveryAction, ...]:
         """Actions of a rung; rungs above the last one are the last one."""
         return self.rungs[min(rung, len(self.rungs) - 1)]

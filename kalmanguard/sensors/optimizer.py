@@ -15,15 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
 from kalmanguard.errors import BindError
-
-#: Tensors below so many elements are copied together, to take one kernel for all of them.
-_SMALL = 1 << 15
-_REAL = (torch.float32, torch.float64)
+from kalmanguard.sensors.device_gate import Flagged, can_skip, flag, unflag
+from kalmanguard.sensors.norm import total_norm
 
 
 class StepEffect(Protocol):
@@ -57,7 +54,11 @@ class OptimizerTap:
 
     on_brace
         Called right before a step is applied whose gradient is larger than `brace_norm` or whose learning rate is
-        larger than `brace_rate`, with the state still as the step before has left it.
+        larger than `brace_rate`, with the state still as the step before has left it. Where nothing is read before the
+        step, a gradient is not seen in time for that.
+    by_flag
+        Whether fused optimizers are made to skip by a flag on their device, so that nothing is read before the step;
+        by default on accelerators. Not while there is an ``on_veto``, which must know in time.
 
     Attributes
     ----------
@@ -72,7 +73,8 @@ class OptimizerTap:
     A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay
     and step counters stand still) and put back afterwards. A step with a closure computes its gradients inside and
     cannot be dropped. Only hooks that this object has registered are ever removed. Cost: one norm over the gradients
-    and one scalar read, which on an accelerator waits for the backward pass.
+    and one scalar read, which on an accelerator waits for the backward pass; fused optimizers are told by a flag on the
+    device instead, and `read` learns of it after the step.
     """
 
     def __init__(
@@ -85,12 +87,15 @@ class OptimizerTap:
         before_step: Callable[[], None] | None = None,
         on_veto: Callable[[Callable[[], None]], None] | None = None,
         on_brace: Callable[[], None] | None = None,
+        by_flag: bool | None = None,
     ) -> None:
         self._ids = {id(p) for p in parameters}
         self.optimizers: list[Optimizer] = []
         self._protect = protect
         self._before_first_step, self._before_step, self._on_veto = before_first_step, before_step, on_veto
-        self._on_brace = on_brace
+        self._on_brace, self._by_flag = on_brace, by_flag
+        self._flagged: dict[int, Flagged] = {}
+        self._unread: list[Flagged] = []
         self.brace_norm = self.brace_rate = math.inf
         self.rates: tuple[float, ...] = ()
         self._begun = False
@@ -135,7 +140,14 @@ class OptimizerTap:
         self._seen_gradient = False
         self.veto: str | None = None
         self.last_rates, self.rates = self.rates, ()
+        self._unread.clear()
         self.effective: tuple[float, ...] = ()
+
+    def read(self) -> None:
+        """Learn what the device has done about the step; waits for it."""
+        for judged in self._unread:
+            self._note(float(judged.norm), judged.gate, clip=judged.clip)
+        self._unread.clear()
 
     @property
     def gradient_norm(self) -> float | None:
@@ -190,6 +202,8 @@ class OptimizerTap:
             return
         # Left from a step that an exception has ended before its post-hooks ran.
         self._stashed.pop(id(optimizer), None)
+        if self._flagged.pop(id(optimizer), None) is not None:
+            unflag(optimizer)
         if not self._begun:
             self._begun = True
             if self._before_first_step is not None:
@@ -215,23 +229,20 @@ class OptimizerTap:
         gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
         if not gradients:
             return
+        if self._skips_by_flag(optimizer, gradients[0]):
+            judged = flag(optimizer, gradients, gate=self.gate, clip=self.clip)
+            self._flagged[id(optimizer)] = judged
+            self._unread.append(judged)
+            return
         value = total_norm(gradients)
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
             value /= float(scale)
-        self._square += value * value
-        self.last_norm = value
-        self._seen_gradient = True
-        if not math.isfinite(value):
-            self.veto = "nonfinite"
-        elif value > self.gate:
-            if self.clip and self._protect:
-                torch._foreach_mul_(gradients, self.gate / value)
-                self.veto = self.veto or "clipped"
-                return
-            self.veto = self.veto or "explosion"
-        else:
+        verdict = self._note(value, self.gate, clip=self.clip and self._protect)
+        if verdict == "clipped":
+            torch._foreach_mul_(gradients, self.gate / value)
+        if verdict in (None, "clipped"):
             return
         if self._protect:
             drop = partial(self._drop, optimizer)
@@ -240,6 +251,26 @@ class OptimizerTap:
                     self._on_veto(drop)
             finally:
                 drop()
+
+    def _note(self, value: float, gate: float, *, clip: bool) -> str | None:
+        """Take a norm in; returns what it means for the step of its optimizer."""
+        self._square += value * value
+        self.last_norm = value
+        self._seen_gradient = True
+        verdict = None
+        if not math.isfinite(value):
+            self.veto = verdict = "nonfinite"
+        elif value > gate:
+            verdict = "clipped" if clip else "explosion"
+            self.veto = self.veto or verdict
+        return verdict
+
+    def _skips_by_flag(self, optimizer: Optimizer, gradient: Tensor) -> bool:
+        wanted = gradient.device.type != "cpu" if self._by_flag is None else self._by_flag
+        if not wanted or not self._protect or self._on_veto is not None:
+            return False
+        # What recovery has put in force acts on the parameters as well, so it must know whether there is a step.
+        return not any(getattr(effect, "active", True) for effect in self.effects) and can_skip(optimizer)
 
     def _drop(self, optimizer: Optimizer) -> None:
         """Take the gradients of the step in work away until it is over: it then changes nothing."""
@@ -256,6 +287,8 @@ class OptimizerTap:
         if not any(optimizer is known for known in self.optimizers):
             self.other_ended_s = time.perf_counter()
             return
+        if self._flagged.pop(id(optimizer), None) is not None:
+            unflag(optimizer)
         stashed = self._stashed.pop(id(optimizer), None)
         if stashed is None:
             for effect in reversed(self.effects):
@@ -264,51 +297,6 @@ class OptimizerTap:
             for p, gradient in stashed:
                 p.grad = gradient
         self.steps += 1
-
-
-def total_norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm over all elements; on an accelerator, reading it waits for the kernels before it."""
-    if tensors[0].device.type == "cpu":
-        square = _square_on_host(tensors)
-        # A square may leave the range of float32 where the norm does not: the slow way decides what is not finite.
-        if 0.0 < square < math.inf:
-            return math.sqrt(square)
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    norms = list(torch._foreach_norm(dense, 2, dtype=_wide(dense)))
-    device = norms[0].device
-    return float(torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms])))
-
-
-def _square_on_host(tensors: Sequence[Tensor]) -> float:
-    """Sum of squares, by a dot product each for large tensors and one for all the small ones; nan where that fails.
-
-    Half the time of a norm each: what counts for small models is the number of calls.
-    """
-    square = 0.0
-    try:
-        small = []
-        for t in tensors:
-            if t.numel() < _SMALL:
-                small.append(t)
-            else:
-                flat = t.view(-1)
-                square += torch.dot(flat, flat).item() if flat.dtype in _REAL else math.nan
-        if small:
-            flat = _flatten_dense_tensors(small)  # type: ignore[no-untyped-call]
-            square += torch.dot(flat, flat).item() if flat.dtype in _REAL else math.nan
-    except RuntimeError:  # sparse, not contiguous, of several devices or dtypes
-        return math.nan
-    return square
-
-
-def _wide(dense: Sequence[Tensor]) -> torch.dtype | None:
-    """A dtype to accumulate the norms in, where their own would overflow; its own for complex numbers."""
-    dtypes = {t.dtype for t in dense}
-    if any(dtype.is_complex for dtype in dtypes):
-        return None
-    if all(t.device.type == "cpu" for t in dense):
-        return torch.float64
-    return torch.float32 if dtypes & {torch.float16, torch.bfloat16} else None
 
 
 #: Hooks that could not be removed yet: of taps that were closed or died in the middle of an optimizer's step.

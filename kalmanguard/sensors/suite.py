@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kalmanguard.records import OVERWRITE, Costs, FloatArray, Measurement
 from kalmanguard.sensors.integrity import IntegritySensor
-from kalmanguard.sensors.optimizer import OptimizerTap, total_norm
+from kalmanguard.sensors.norm import total_norm
+from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.sketch import Sketch
 
 #: Times their own norm that the parameters move in one step only when they are overwritten: a weight whose highest
@@ -81,6 +82,7 @@ class SensorSuite:
         else:
             velocity, before, length = None, 0.0, self._length
         finite = math.isfinite(length)
+        self._tap.read()
         tap, tampered = self._tap, self._tampered
         self._tampered = ()
         if finite and velocity is not None and float(np.dot(velocity, velocity)) > _OVERWRITE**2 * before > 0:
