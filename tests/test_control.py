@@ -111,7 +111,7 @@ def test_no_sequence_of_faults_gets_more_rollbacks_than_the_budget(
             break
         rungs.append(rung)
         before = state
-        state = ladder.climb(state, step, 1.0)
+        state = ladder.climb(state, step, 1.0, 0)
         assert before.score < state.score <= budget
         assert state.hold >= recovery_steps
     assert len(rungs) <= budget
@@ -129,7 +129,7 @@ def test_only_a_quiet_stretch_lowers_the_score(events: list[tuple[bool, int]]) -
         if harmed:
             if ladder.rung(state, step) is None:
                 break
-            state, since = ladder.climb(state, step, 1.0), since + 1
+            state, since = ladder.climb(state, step, 1.0, 0), since + 1
             assert since <= 16
         else:
             settled = ladder.settle(state, step)
@@ -141,9 +141,9 @@ def test_only_a_quiet_stretch_lowers_the_score(events: list[tuple[bool, int]]) -
 
 def test_a_relapse_at_once_tries_again_and_a_later_one_climbs() -> None:
     ladder = Ladder(budget=16, recovery_steps=25)
-    first = ladder.climb(LadderState(), 100, 1.0)
-    at_once = ladder.climb(first, 102, 1.0)
-    later = ladder.climb(first, 140, 1.0)
+    first = ladder.climb(LadderState(), 100, 1.0, 0)
+    at_once = ladder.climb(first, 102, 1.0, 0)
+    later = ladder.climb(first, 140, 1.0, 0)
     assert ladder.rung(LadderState(), 100) == ladder.rung(first, 102) == 0
     rung = ladder.rung(first, 140)
     assert rung is not None
@@ -157,7 +157,7 @@ def test_a_fault_that_comes_back_climbs_every_rung_before_the_halt() -> None:
     ladder, state, step, rungs = Ladder(budget=16, recovery_steps=25), LadderState(), 100, []
     while (rung := ladder.rung(state, step)) is not None:
         rungs.append(rung)
-        state = ladder.climb(state, step, 1.0)
+        state = ladder.climb(state, step, 1.0, 0)
         step += 10
     assert set(rungs) == set(range(RUNGS))
 

@@ -22,7 +22,7 @@ from kalmanguard import statefile
 from kalmanguard.control.envelope import Envelope
 from kalmanguard.control.judgement import Judge, Verdict
 from kalmanguard.control.ledger import Episode
-from kalmanguard.control.policy import _oldest_of_the_best
+from kalmanguard.control.policy import _last_refuge
 from kalmanguard.control.retention import Slot
 from kalmanguard.engine import STATISTICS, Engine, EngineState
 from kalmanguard.errors import ConfigurationError
@@ -783,14 +783,17 @@ def test_the_first_state_of_a_suspicion_is_kept_when_the_ring_holds_none_better(
     assert (slot.certified, slot.suspect) == (True, True)
 
 
-def test_a_halt_goes_to_the_oldest_of_the_states_that_probes_cannot_tell_apart() -> None:
-    levels = {10: 0.9, 60: 0.502, 70: 0.500, 80: 0.51}
-    slots = tuple(Slot(step, True, level) for step, level in levels.items())
-    waiting = Slot(90, False, math.inf)
-    assert _oldest_of_the_best((*slots, waiting), 0.005) == 60
-    assert _oldest_of_the_best((*slots, waiting), 0.001) == 70
-    assert _oldest_of_the_best((waiting,), 0.001) == 90
-    assert _oldest_of_the_best((), 0.001) is None
+def test_a_halt_goes_to_the_best_state_from_before_the_trouble_unless_a_later_one_is_clearly_better() -> None:
+    levels = {10: 0.9, 60: 0.51, 70: 0.502, 80: 0.500}
+    slots = (*(Slot(step, True, level) for step, level in levels.items()), Slot(90, False, math.inf))
+    assert _last_refuge(slots, 75, 0.005) == 70
+    assert _last_refuge(slots, 75, 0.001) == 80
+    assert _last_refuge(slots, 65, 0.020) == 60
+    assert _last_refuge(slots, 5, 0.005) == 80
+    spoilt = (*slots[:2], slots[2]._replace(suspect=True), *slots[3:])
+    assert _last_refuge(spoilt, 75, 0.020) == 60
+    assert _last_refuge(slots[-1:], 75, 0.001) == 90
+    assert _last_refuge((), 75, 0.001) is None
 
 
 def test_a_new_objective_has_a_warm_up_of_its_own() -> None:

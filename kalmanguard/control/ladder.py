@@ -11,13 +11,18 @@ _AT_ONCE = 3
 
 
 class LadderState(NamedTuple):
-    """``score``: what rollbacks without a recovery between them add up to; ``hold``: steps effects stay in force."""
+    """Where the run stands on the ladder.
+
+    ``score``: what rollbacks without a recovery between them add up to; ``hold``: steps effects stay in force;
+    ``onset``: when the trouble began that the first of those rollbacks was about.
+    """
 
     score: int = 0
     rollbacks: int = 0
     restored_at: int = -(1 << 40)
     level: float = float("inf")
     hold: int = 0
+    onset: int = 0
 
 
 class Ladder:
@@ -47,11 +52,12 @@ class Ladder:
             return None
         return min(RUNGS - 1, (score - 1) * RUNGS // self._budget)
 
-    def climb(self, state: LadderState, step: int, level: float) -> LadderState:
-        """Record that a rollback at ``step`` was carried out, to a state whose probe level was ``level``."""
+    def climb(self, state: LadderState, step: int, level: float, onset: int) -> LadderState:
+        """Record a rollback at ``step``, of what began at ``onset``, to a state whose probe level was ``level``."""
         at_once = state.score > 0 and step - state.restored_at <= _AT_ONCE
         hold = self._recovery_steps if state.score == 0 else state.hold if at_once else 2 * state.hold
-        return LadderState(state.score + self.weight(state, step), state.rollbacks + 1, step, level, hold)
+        began = onset if state.score == 0 else min(state.onset, onset)
+        return LadderState(state.score + self.weight(state, step), state.rollbacks + 1, step, level, hold, began)
 
     def recovered(self, state: LadderState, step: int) -> bool:
         """Whether the effects of the last rollback may be lifted, given an accepted probe at ``step``."""

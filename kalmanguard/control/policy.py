@@ -104,7 +104,8 @@ class Policy:
         if outcome.action is Action.HALT:
             mode = Mode.HALTED
         elif not outcome.manual:
-            mode, ladder = Mode.RECOVERING, self._ladder.climb(ladder, m.step, level)
+            began = episode.onset if episode is not None else m.step
+            mode, ladder = Mode.RECOVERING, self._ladder.climb(ladder, m.step, level, began)
         return ledger._replace(
             mode=mode,
             # An alarm that proved right does not raise the thresholds.
@@ -137,7 +138,11 @@ class Policy:
             slots = tuple(s for s in slots if s.step != m.outcome.restored_step)
         rung = self._ladder.rung(ledger.ladder, m.step)
         onset = ledger.episode.onset if ledger.episode is not None else m.step
-        target = _oldest_of_the_best(slots, ledger.standard_error) if rung is None else _target(slots, onset, rung, y)
+        if rung is None:
+            began = min(onset, ledger.ladder.onset) if ledger.ladder.score else onset
+            target = _last_refuge(slots, began, ledger.standard_error)
+        else:
+            target = _target(slots, onset, rung, y)
         if target is None and math.isfinite(y) and not is_restore(m):
             return None
         reason = f"Step {m.step}: {harm}; the state of step {target} is restored (rung {rung} of the ladder)."
@@ -291,13 +296,16 @@ def _target(slots: tuple[Slot, ...], onset: int, rung: int, y: float) -> int | N
     return fallback.step if fallback is not None else None
 
 
-def _oldest_of_the_best(slots: tuple[Slot, ...], standard_error: float) -> int | None:
-    """The state to halt at: of the certified ones that probes cannot tell from the best, the one furthest from harm."""
-    certified = [s for s in slots if s.certified]
+def _last_refuge(slots: tuple[Slot, ...], began: int, standard_error: float) -> int | None:
+    """The state to halt at: the best certified one from before the trouble ``began``.
+
+    A later one only if its probe is better by more than the noise: what the trouble did may not show in the probe.
+    """
+    certified = sorted((s for s in slots if s.certified), key=lambda s: s.level)
     if not certified:
         return slots[0].step if slots else None
-    line = min(s.level for s in certified) + standard_error
-    return next(s.step for s in certified if s.level <= line)
+    clean = next((s for s in certified if s.step < began and not s.suspect), certified[0])
+    return (clean if clean.level <= certified[0].level + standard_error else certified[0]).step
 
 
 def _level(ledger: Ledger, m: Measurement, verdict: Verdict, evidence: tuple[Evidence, ...]) -> Level:
