@@ -7,7 +7,7 @@ from typing import Any
 
 from kalmanguard.errors import SnapshotError
 from kalmanguard.snapshots.digest import Scope
-from kalmanguard.snapshots.inventory import module_tensors
+from kalmanguard.snapshots.inventory import Plan, module_tensors
 from kalmanguard.snapshots.reading import Members, Reader
 from kalmanguard.snapshots.restoring import Restoration
 from kalmanguard.snapshots.schedule import scheduled_options
@@ -16,8 +16,10 @@ from kalmanguard.snapshots.slot import Image
 _Load = tuple[str, Callable[[Any], Any], Any]
 
 
-def put_back(image: Image, scope: Scope, members: Members, reader: Reader) -> None:
+def put_back(image: Image, scope: Scope, members: Members, reader: Reader, *, unmoved: Plan | None = None) -> None:
     """Restore ``members`` to ``image``, as far as ``scope`` says.
+
+    ``unmoved``: the present plan, if its tensors are the very ones that were captured, where they were then.
 
     Order: what can be refused is refused first; then the users' objects, which may fail; then tensors and options in
     one go; the random state last, because rewinding a loader draws from it.
@@ -30,11 +32,15 @@ def put_back(image: Image, scope: Scope, members: Members, reader: Reader) -> No
     members.refresh()
     captured = image.skeleton
     restoration = Restoration(image)
-    for label, skeleton in captured["modules"].items():
-        if label not in members.modules:
-            raise SnapshotError(f"{label} was captured but is no longer registered; register it again.")
-        restoration.module(label, members.modules[label], skeleton)
-    _optimizers(restoration, captured, scope, members)
+    unmoved = unmoved if scope.moments and unmoved is not None and not unmoved.mixed else None
+    if unmoved is not None:
+        restoration.unmoved(unmoved.live)
+    else:
+        for label, skeleton in captured["modules"].items():
+            if label not in members.modules:
+                raise SnapshotError(f"{label} was captured but is no longer registered; register it again.")
+            restoration.module(label, members.modules[label], skeleton)
+    _optimizers(restoration, captured, scope, members, states_too=unmoved is None)
     if captured["gradients"] is not None:
         restoration.gradients(module_tensors(members.model)[0], captured["gradients"])
     loads = [(path, load, restoration.detached(path, state)) for path, load, state in _loads(captured, members, reader)]
@@ -54,12 +60,15 @@ def put_back(image: Image, scope: Scope, members: Members, reader: Reader) -> No
         image.random.restore()
 
 
-def _optimizers(restoration: Restoration, captured: Mapping[str, Any], scope: Scope, members: Members) -> None:
+def _optimizers(
+    restoration: Restoration, captured: Mapping[str, Any], scope: Scope, members: Members, *, states_too: bool
+) -> None:
     states, groups = captured["state"], captured["groups"]
     _same_number("optimizers", len(states), len(members.optimizers))
     for number, optimizer in enumerate(members.optimizers):
         known = number < len(states)  # one that was added later had no state then, and keeps its options
-        restoration.optimizer_state(optimizer, states[number] if known and scope.moments else {})
+        if states_too:
+            restoration.optimizer_state(optimizer, states[number] if known and scope.moments else {})
         if known:
             skip = frozenset[str]() if scope.schedule else scheduled_options(optimizer, members.schedulers)
             restoration.options(optimizer.param_groups, groups[number], skip)

@@ -56,6 +56,10 @@ class Restoration:
         for action in self._actions:
             action()
 
+    def unmoved(self, live: Sequence[Tensor]) -> None:
+        """Write every tensor of the image's static part into the one that it was captured from."""
+        self._writes.update((index, (target, index)) for index, target in enumerate(live))
+
     # -- modules ---------------------------------------------------------------------------------------------------
 
     def module(self, label: str, module: nn.Module, captured: Mapping[str, Mapping[str, Leaf | None]]) -> None:

@@ -14,7 +14,7 @@ from kalmanguard.errors import ConfigurationError, SnapshotError
 from kalmanguard.snapshots.arena import Placement
 from kalmanguard.snapshots.copying import Copier
 from kalmanguard.snapshots.digest import Scope, SectionDigests, section_digests
-from kalmanguard.snapshots.inventory import Inventory
+from kalmanguard.snapshots.inventory import Inventory, Plan
 from kalmanguard.snapshots.loading import image_of_tree
 from kalmanguard.snapshots.putting import put_back
 from kalmanguard.snapshots.reading import Members, Reader
@@ -167,7 +167,8 @@ class TrainingState:
             The live objects are not those that were captured; nothing was changed then, unless a
             ``load_state_dict`` of the user's failed half-way.
         """
-        self._put_back(slot.image(), Scope(rng=rng, schedule=schedule, data=data, moments=not reset_moments))
+        scope = Scope(rng=rng, schedule=schedule, data=data, moments=not reset_moments)
+        self._put_back(slot.image(), scope, unmoved=self._unmoved(slot))
 
     def digest(
         self,
@@ -242,8 +243,17 @@ class TrainingState:
                 f"This is not a training state of ours: {type(error).__name__} {error} while it was read."
             ) from error
 
-    def _put_back(self, image: Image, scope: Scope) -> None:
-        put_back(image, scope, self._members, self._reader)
+    def _unmoved(self, slot: Slot) -> Plan | None:
+        """The present plan, if what the slot was captured from is still where it was."""
+        try:
+            with torch.no_grad():
+                plan = self._reader.plan()
+        except SnapshotError:  # something can no longer be captured; what was captured may come back all the same
+            return None
+        return plan if plan.layout is slot.layout else None
+
+    def _put_back(self, image: Image, scope: Scope, *, unmoved: Plan | None = None) -> None:
+        put_back(image, scope, self._members, self._reader, unmoved=unmoved)
         self._inventory.restored(list(image.bases.values()))
         self._numpy_memo.forget()
 
