@@ -84,9 +84,9 @@ class Engine:
         self._judge = Judge(settings)
         self._policy = Policy(settings, self._judge)
 
-    def init(self) -> EngineState:
-        """The state before the first measurement."""
-        return EngineState()
+    def init(self, *, began: int = 0) -> EngineState:
+        """The state before the first measurement, that of step ``began + 1``."""
+        return EngineState(ledger=Ledger(began=began))
 
     def step(self, state: EngineState, measurement: Measurement) -> tuple[EngineState, Decision]:
         """Fold in one complete measurement, with its probe if one was taken."""
@@ -105,7 +105,7 @@ class Engine:
         estimators, innovations = self._bank.step(estimators, m)
         ledger, evidence, drift = self._watch.look(ledger, innovations, m, largest_gradient=largest)
         adopt = m.braced and ledger.episode is not None and ledger.episode.onset == m.step
-        adopt = adopt and all(slot.step != m.step - 1 for slot in ledger.slots)
+        adopt = adopt and len(ledger.slots) <= ledger.capacity and all(s.step != m.step - 1 for s in ledger.slots)
         if adopt:
             # The state from right before the first step of a suspicion is what a rollback would want.
             ledger = ledger._replace(slots=(*ledger.slots, Slot(m.step - 1, False, math.inf)))

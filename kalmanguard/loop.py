@@ -105,6 +105,8 @@ class Loop:
         if self.protects:
             decision = self._act(decision)
         self.last = decision
+        if self.actuator.braces:
+            self.suite.buffers.remember()
         if decision.level in (Level.SUSPECT, Level.CONFIRMED):
             self._count(decision)
         return decision
@@ -145,24 +147,28 @@ class Loop:
         self.journal.record("outcome", self.step, dataclasses.asdict(outcome))
         if outcome.error is not None:
             self.incidents.report(self.step, f"rollback to step {target}: {outcome.error}")
-        self._braced_at = -1
-        self.suite.interrupt()
+        self.interrupt()
         return outcome
 
     def renew(self) -> None:
         """Forget what was learned, and what the ring holds."""
-        self.state = self.engine.init()
+        self.state = self.engine.init(began=self.step)
         self._costs = None
-        self._braced_at = -1
         self.actuator.clear()
-        self.tap.gate = self.tap.brace_norm = self.tap.brace_rate = math.inf
-        self.suite.interrupt()
+        self.tap.gate = math.inf
+        self.interrupt()
 
     def resume_at(self, step: int, objective: int, state: EngineState) -> None:
         """Take up a saved state; the sensors were fitted in the run that it comes from."""
         self.actuator.clear()
         self.state, self.step, self.objective = state, step, objective
         self._started_at = step - _FIT_AT - 1
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """The state was set, or trained on, without us: what was prepared for the next step no longer fits it."""
+        self._braced_at = -1
+        self.tap.brace_norm = self.tap.brace_rate = math.inf
         self.suite.interrupt()
 
     def clip_value(self) -> float:
@@ -190,18 +196,28 @@ class Loop:
     def _bounds_to_brace_at(self) -> tuple[float, float]:
         """Gradient norm and learning rate beyond what has been seen, before which the state is captured."""
         ledger = self.state.ledger
-        if not (self.actuator.braces and ledger.warm and ledger.mode is Mode.WATCHING and ledger.episode is None):
+        # What is replayed must start from where the loader and the schedule were, and those have moved on by then.
+        if self.settings.replay or not (
+            self.actuator.braces and ledger.warm and ledger.mode is Mode.WATCHING and ledger.episode is None
+        ):
             return math.inf, math.inf
         norm, excursion = _DARING * self.state.estimators.largest_gradient, ledger.excursion
         return norm or math.inf, RATIO * excursion.fired_at * max(excursion.reference, default=math.inf)
 
     def brace(self) -> None:
-        """Capture the state before a step that looks dangerous: called in the middle of the step, before its update."""
+        """Capture the state before a step that looks dangerous: called in the middle of the step, before its update.
+
+        Buffers are those of the end of the step before; the random streams have moved on by this step's forward pass,
+        as they would in a rollback, which does not rewind them.
+        """
+        self._braced_at = -1
         if self.suite.tampered or self.step in self.actuator.ring.steps():
             return
         try:
-            self.actuator.brace(self.step)
-            self._braced_at = self.step
+            with self.suite.buffers.as_remembered() as known:
+                if known:
+                    self.actuator.brace(self.step)
+                    self._braced_at = self.step
         except Exception as fault:
             what = f"the state of step {self.step} could not be captured: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)
@@ -310,7 +326,7 @@ class Loop:
         """Nothing was restored: the engine gives that state up, and will ask for another one."""
         what = f"the rollback failed: {fault}"
         self.actuator.thaw()
-        self.suite.interrupt()
+        self.interrupt()
         self.feed(
             Measurement(
                 step=first.step,

@@ -216,7 +216,7 @@ class _Fold:
                 raise JournalError(f"Record {row.seq} of the journal has no binary body.")
             self._decide(row, *unpack(row.body, row.blob))
         elif row.kind == "note" and row.data().get("reset"):
-            self._state = self._engine.init()
+            self._state = self._engine.init(began=int(row.data().get("began", 0)))
         elif row.kind == "resume":
             self._resume(row)
 

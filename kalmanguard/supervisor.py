@@ -344,7 +344,7 @@ class Supervisor:
         """Supervise again; what happened to the parameters meanwhile counts as no step."""
         if self._loop.tap.paused:
             self._loop.tap.paused = False
-            self._loop.suite.interrupt()
+            self._loop.interrupt()
             self._loop.journal.record("note", self.step, {"pause": None})
 
     def register(self, name: str, obj: Any) -> None:
@@ -381,7 +381,7 @@ class Supervisor:
 
     def reset(self) -> None:
         """Forget what was learned, and start supervising anew from the present state."""
-        self._loop.journal.record("note", self.step, {"reset": True})
+        self._loop.journal.record("note", self.step, {"reset": True, "began": self.step})
         self._loop.renew()
 
     def emergency(self) -> Path | None:

@@ -811,3 +811,60 @@ def test_a_new_objective_has_a_warm_up_of_its_own() -> None:
     assert set(levels[: warmup - 1]) == {Level.WARMUP}
     assert levels[-1] is Level.NOMINAL
     assert {d.proposed for d in flight.decisions} == {Action.ACCEPT}
+
+
+def test_a_braced_state_enters_the_ring_with_the_first_step_of_a_suspicion_and_no_more_than_fit() -> None:
+    settings = Settings(probe_every=5, snapshot_every=1_000)
+    flight = Flight(descent(), settings=settings)
+    steps = list(healthy(900))
+    adopted = []
+    for m in steps:
+        if m.step == 30:
+            m = dataclasses.replace(m, costs=Costs(0.1, 0.01, 0.001, 5))
+        odd = m.step >= 100 and m.step % 50 == 0
+        braced = dataclasses.replace(m, braced=m.step >= 100, loss=9.0 if odd else m.loss)
+        decision = flight.step(braced)
+        if decision.orders.adopt:
+            assert decision.level is Level.SUSPECT
+            adopted.append(m.step)
+    assert adopted
+    assert all(step % 50 == 0 for step in adopted)
+    assert len(flight.ring) <= 6  # the harness checks the same at every step
+
+
+def test_rolling_back_to_a_braced_state_loses_no_step() -> None:
+    good = descent()
+    flight = Flight(from_step(187, lambda s: good(s) + 40.0, good))
+    steps = list(healthy(200))
+    for m in steps[:186]:
+        flight.step(m)
+    decision = flight.step(dataclasses.replace(steps[186], braced=True, loss=60.0, learning_rates=(5.0,)))
+    assert decision.proposed is Action.ROLLBACK
+    assert decision.orders.adopt
+    assert decision.orders.restore == 186
+
+
+def test_large_gradients_are_clipped_after_gate_skips_however_many_those_are() -> None:
+    flight = Flight(descent(), settings=Settings(probe_every=5, snapshot_every=10, gate_skips=20))
+    steps = list(healthy(260))
+    for m in steps[:200]:
+        flight.step(m)
+    for m in steps[200:219]:
+        large = dataclasses.replace(m, gradient_norm=500.0, veto="explosion", velocity=np.zeros(SKETCH))
+        decision = flight.step(large)
+        assert (decision.proposed, decision.orders.clip) == (Action.VETO, False)
+    decision = flight.step(dataclasses.replace(steps[219], gradient_norm=500.0, veto="explosion", velocity=None))
+    assert (decision.proposed, decision.orders.clip) == (Action.VETO, True)
+
+
+def test_a_training_loss_in_another_unit_is_judged_by_its_own_progress() -> None:
+    """The same run with its training loss summed over 64 examples: nothing that is decided changes."""
+    decisions = []
+    for scale in (1.0, 64.0):
+        flight = Flight(descent(), protect=False)
+        for m in healthy(300):
+            assert m.loss is not None
+            odd = m.step in (200, 201, 240)
+            flight.step(dataclasses.replace(m, loss=scale * (9.0 if odd else m.loss)))
+        decisions.append([(d.proposed, d.level, d.orders.gate) for d in flight.decisions])
+    assert decisions[0] == decisions[1]

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -1436,3 +1437,95 @@ def test_a_fused_optimizer_is_protected_without_reading_its_gradients_first(runs
     assert {d.action for d in run.go(20)} == {Action.ACCEPT}
     assert run.weights() != before
     assert run.supervisor.statistics()["vetoes"] == 1
+
+
+def test_a_braced_state_has_the_buffers_of_the_step_before(runs: list[Run], tmp_path: Path) -> None:
+    """BatchNorm has seen the batch of step 87 when the state is captured; what comes back has not."""
+    run = Run(run_dir=tmp_path / "run", settings=Settings(probe_examples=128, probe_every=20, snapshot_every=25))
+    runs.append(run)
+    run.supervisor.close()
+    torch.manual_seed(0)
+    run.model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=3e-3)
+    chosen = Settings(probe_examples=128, probe_every=20, snapshot_every=25)
+    run.supervisor = Supervisor(run.model, held_out(), settings=chosen)
+    run.go(86)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    x, y = run.batch(87)
+    F.cross_entropy(run.model(x * 40.0), y).backward()
+    run.optimizer.param_groups[0]["lr"] *= 1000.0
+    seen = {name: value.clone() for name, value in run.model.named_buffers()}
+    run.optimizer.step()
+    assert all(torch.equal(seen[name], value) for name, value in run.model.named_buffers())
+    run.count += 1
+    decision = run.supervisor.update(30.0)
+    assert (decision.action, decision.restored_step) == (Action.ROLLBACK, 86)
+    after = run.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert after["1.num_batches_tracked"] == 86
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_there_is_no_bracing_when_the_buffers_of_the_step_before_are_not_known(replaced: bool) -> None:
+    from kalmanguard.sensors.buffers import BufferMemory
+
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    memory = BufferMemory(model)
+    model(torch.randn(4, 3))
+    with memory.as_remembered() as known:
+        assert not known
+    memory.remember()
+    model(torch.randn(4, 3))
+    mean = model[0].running_mean.clone()
+    if replaced:
+        model[0].running_mean = model[0].running_mean.clone()
+    with memory.as_remembered() as known:
+        assert known is not replaced
+        assert torch.equal(model[0].running_mean, mean) is replaced
+    assert torch.equal(model[0].running_mean, mean)
+
+
+def test_a_braced_state_is_forgotten_over_a_pause(runs: list[Run]) -> None:
+    run = Run()
+    runs.append(run)
+    run.go(103)
+    loop = run.supervisor._loop
+    loop._braced_at = 103
+    with run.supervisor.pause():
+        for step in range(104, 110):
+            x, y = run.batch(step)
+            F.cross_entropy(run.model(x), y).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    assert loop._braced_at == -1
+    assert not run.go(1)[0].orders.adopt
+
+
+def test_steps_of_another_model_are_no_part_of_this_ones(runs: list[Run]) -> None:
+    run = Run()
+    runs.append(run)
+    run.go(5)
+    other = torch.nn.Linear(2, 1)
+    foreign = torch.optim.SGD(other.parameters(), lr=0.1)
+    timings = run.supervisor._loop.timings
+
+    def train_other() -> None:
+        time.sleep(0.05)
+        foreign.step()
+
+    for _ in range(3):
+        train_other()
+        run.go(1)
+    assert max(timings.steps_s[-3:]) < 0.05
+    run.go(1, after=lambda run, step: train_other())
+    assert timings.steps_s[-1] > 0.05  # its step lies before the other's, so the wait is counted as its own
+
+
+def test_a_reset_begins_a_new_warm_up(runs: list[Run]) -> None:
+    run = Run()
+    runs.append(run)
+    run.go(200)
+    run.supervisor.reset()
+    levels = [d.level for d in run.go(60)]
+    warmup = run.supervisor.settings.warmup_steps
+    assert set(levels[: warmup - 1]) == {Level.WARMUP}

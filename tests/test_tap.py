@@ -829,3 +829,47 @@ def test_a_flag_is_taken_away_when_the_step_fails(taps: list[OptimizerTap]) -> N
     assert not hasattr(optimizer, "found_inf")
     tap.read()
     assert tap.veto is None
+
+
+def test_a_flag_does_not_outlive_the_tap() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    tap = OptimizerTap(model.parameters(), by_flag=True)
+    gradients(model, 0)
+    optimizer.step()
+    gradients(model, 1)
+    optimizer.param_groups[0]["betas"] = None
+    with pytest.raises(TypeError):
+        optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    tap.close()
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_an_optimizer_that_is_no_longer_fused_is_not_flagged(taps: list[OptimizerTap]) -> None:
+    """Loading the state of a plain AdamW switches ``fused`` off in the groups only."""
+    model = network()
+    plain = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for each in (plain, optimizer):
+        gradients(model, 0)
+        each.step()
+    optimizer.load_state_dict(plain.state_dict())
+    tap = OptimizerTap(model.parameters(), by_flag=True)
+    taps.append(tap)
+    gradients(model, 1)
+    optimizer.step()
+    assert tap._unread == []
+    assert tap.steps == 1
+
+
+def test_the_rates_of_the_step_before_are_kept_per_optimizer(taps: list[OptimizerTap]) -> None:
+    pair = nn.ModuleDict({"a": network(0), "b": network(1)})
+    a = torch.optim.SGD(pair["a"].parameters(), lr=1e-3)
+    b = torch.optim.SGD(pair["b"].parameters(), lr=5e-2)
+    tap = OptimizerTap(pair.parameters(), [a, b])
+    taps.append(tap)
+    for optimizer in (b, a):
+        optimizer.step()
+    tap.reset()
+    assert tap.last_rates == {id(a): (1e-3,), id(b): (5e-2,)}

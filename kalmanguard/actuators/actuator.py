@@ -119,10 +119,9 @@ class Actuator:
         """Capture the state that ``step`` has left, beside the ring, right before the next step is applied."""
         self.ring.brace(step)
         # The learning rates of the step to come may be what makes it dangerous.
-        now = self._present_rates()
-        last = iter(self._tap.last_rates)
-        known = len(self._tap.last_rates) == sum(map(len, now))
-        self._braced_rates = tuple(tuple(next(last) for _ in group) for group in now) if known else now
+        last = self._tap.last_rates
+        now = zip(self._tap.optimizers, self._present_rates(), strict=True)
+        self._braced_rates = tuple(last.get(id(optimizer), rates) for optimizer, rates in now)
 
     def _present_rates(self) -> tuple[tuple[float, ...], ...]:
         return tuple(

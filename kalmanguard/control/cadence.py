@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kalmanguard.records import Costs
 from kalmanguard.settings import Settings
 
-_LONGEST_PROBE = 400
+_LONGEST_PROBE = 399
 _LONGEST_SNAPSHOT = 50
 
 

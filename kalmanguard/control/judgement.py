@@ -179,10 +179,8 @@ class Judge:
 
     @staticmethod
     def is_hopeless(ledger: Ledger, m: Measurement) -> bool:
-        """Whether the training loss has lost all of the progress: on this batch the model is worse than untrained."""
-        if m.loss is None or not math.isfinite(ledger.lowest_loss):
-            return False
-        return not m.loss <= max(ledger.start, ledger.lowest_loss + ledger.start - ledger.best)
+        """Whether the training loss has lost all of its progress: on this batch the model is worse than untrained."""
+        return m.loss is not None and ledger.first_loss > ledger.lowest_loss and not m.loss <= ledger.first_loss
 
     def _shows(self, ledger: Ledger, m: Measurement) -> bool:
         """Whether the training loss has lost the share of the progress that may be lost.
@@ -193,10 +191,10 @@ class Judge:
         return m.loss is not None and self._has_lost(ledger, m.loss, 1.0)
 
     def _has_lost(self, ledger: Ledger, loss: float, share: float) -> bool:
-        if not math.isfinite(ledger.lowest_loss):
-            return False
-        # Negated, so that a loss that is nan shows it too.
-        return not loss - ledger.lowest_loss <= share * self._settings.give_back * (ledger.start - ledger.best)
+        # In its own unit: a training loss may be a sum, or scaled, where the probe's is not.
+        progress = ledger.first_loss - ledger.lowest_loss
+        # The second is negated, so that a loss that is nan shows it too.
+        return progress > 0 and not loss - ledger.lowest_loss <= share * self._settings.give_back * progress
 
     def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict, elapsed: int) -> tuple[Ledger, Verdict]:
         """Above the inner line: harm to be undone, a spike that heals by itself, or overfitting?

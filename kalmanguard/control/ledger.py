@@ -41,11 +41,13 @@ class Episode(NamedTuple):
 
 
 class Ledger(NamedTuple):
-    """What no rollback rewinds; ``began`` is the step before the first one of the present objective."""
+    """What no rollback rewinds.
+
+    ``began`` is the step before the first one of the present objective, ``first_loss`` the first training loss of it.
+    """
 
     mode: Mode = Mode.WATCHING
     warm: bool = False
-    began: int = 0
     cadence: Cadence | None = None
     capacity: int = 2
     objective: int = 0
@@ -72,6 +74,8 @@ class Ledger(NamedTuple):
     lapsed: int = 0
     last_y: float = math.inf
     climbed: int = 0
+    began: int = 0
+    first_loss: float = math.nan
 
 
 def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
@@ -79,5 +83,6 @@ def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
     return ledger._replace(
         objective=objective, began=began, warm=False, start=math.nan, best=math.inf, standard_error=0.0, probes=0,
         episode=None, declined=False, slots=(), last_snapshot=-(1 << 40), drift=DriftState(), lowest_loss=math.inf,
+        first_loss=math.nan,
         ladder=LadderState(), mode=Mode.WATCHING,
     )  # fmt: skip

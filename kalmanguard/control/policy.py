@@ -77,10 +77,11 @@ class Policy:
             return f"{' and '.join(t.removeprefix('silent ') for t in changed)} changed without an optimizer step"
         return self._stuck(ledger, m)
 
-    @staticmethod
-    def _stuck(ledger: Ledger, m: Measurement) -> str:
+    def _stuck(self, ledger: Ledger, m: Measurement) -> str:
         skipped = ledger.skipped_in_a_row
-        if m.veto in ("nonfinite", "explosion") and skipped and skipped % _VETOES == 0:
+        # Of gradients that are merely large, so many are dropped only while bad data is: else they would be clipped.
+        limit = _VETOES if m.veto == "nonfinite" else max(_VETOES, self._settings.gate_skips + 1)
+        if m.veto in ("nonfinite", "explosion") and skipped and skipped % limit == 0:
             why = (
                 "not finite"
                 if m.veto == "nonfinite"

@@ -121,7 +121,9 @@ class Watch:
                 found.append(evidence)
         else:
             excursion = self._excursion.learn(excursion, _effective(m))
+        first = ledger.first_loss
         if m.loss is not None and math.isfinite(m.loss):
+            first = m.loss if math.isnan(first) else first
             drift_state, drift, evidence = self._drift.step(drift_state, m.loss)
             if evidence is not None:
                 found.append(evidence)
@@ -130,7 +132,9 @@ class Watch:
         found.extend(certain(m, habitual=ledger.tampered > _HABIT))
         return (
             tuple(found),
-            ledger._replace(tails=tails, drift=drift_state, excursion=excursion, lowest_loss=lowest, rate=rate),
+            ledger._replace(
+                tails=tails, drift=drift_state, excursion=excursion, lowest_loss=lowest, rate=rate, first_loss=first
+            ),
             drift,
         )
 

@@ -30,6 +30,7 @@ def can_skip(optimizer: Optimizer) -> bool:
     return (
         getattr(optimizer, "_step_supports_amp_scaling", False)
         and type(optimizer).__module__.startswith("torch.optim")
+        and all(group.get("fused") for group in optimizer.param_groups)
         and getattr(optimizer, "found_inf", None) is None
         and getattr(optimizer, "grad_scale", None) is None
         and all(
@@ -38,10 +39,10 @@ def can_skip(optimizer: Optimizer) -> bool:
     )
 
 
-def flag(optimizer: Optimizer, gradients: Sequence[Tensor], *, gate: float, clip: bool) -> Flagged:
+def flag(optimizer: Optimizer, gradients: Sequence[Tensor], *, gate: float, clip: bool) -> tuple[Flagged, Tensor]:
     """Have the coming step skipped if its gradient is not finite or beyond ``gate``; ``clip`` scales it down instead.
 
-    Nothing waits for the device; `unflag` after the step.
+    Nothing waits for the device; `unflag` with what is returned second, after the step.
     """
     norm = norm_in_place(gradients)
     wrong = ~torch.isfinite(norm)
@@ -50,11 +51,12 @@ def flag(optimizer: Optimizer, gradients: Sequence[Tensor], *, gate: float, clip
             torch._foreach_mul_(list(gradients), (gate / norm).clamp(max=1.0))
         else:
             wrong |= norm > gate
-    optimizer.found_inf = wrong.to(torch.float32)  # type: ignore[attr-defined]
-    return Flagged(norm, gate, clip)
+    set_flag = wrong.to(torch.float32)
+    optimizer.found_inf = set_flag  # type: ignore[attr-defined]
+    return Flagged(norm, gate, clip), set_flag
 
 
-def unflag(optimizer: Optimizer) -> None:
-    """Take the flag away again: without one, no step is skipped."""
-    if hasattr(optimizer, "found_inf"):
-        del optimizer.found_inf
+def unflag(optimizer: Optimizer, set_flag: Tensor) -> None:
+    """Take our flag away again, and nobody else's: with one left behind, steps would go on being skipped."""
+    if getattr(optimizer, "found_inf", None) is set_flag:
+        del optimizer.found_inf  # type: ignore[attr-defined]

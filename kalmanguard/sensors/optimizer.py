@@ -63,7 +63,7 @@ class OptimizerTap:
     Attributes
     ----------
     last_rates
-        Learning rates of the step before, per optimizer that stepped and param group.
+        Learning rates of the step before, per param group, by the ``id`` of the optimizer.
     other_ended_s
         When the last step of an optimizer ended that trains something else (``time.perf_counter``): what came before
         is no part of this model's step.
@@ -94,10 +94,10 @@ class OptimizerTap:
         self._protect = protect
         self._before_first_step, self._before_step, self._on_veto = before_first_step, before_step, on_veto
         self._on_brace, self._by_flag = on_brace, by_flag
-        self._flagged: dict[int, Flagged] = {}
+        self._flagged: dict[int, tuple[Optimizer, Tensor]] = {}
         self._unread: list[Flagged] = []
         self.brace_norm = self.brace_rate = math.inf
-        self.rates: tuple[float, ...] = ()
+        self._rates_of: dict[int, tuple[float, ...]] = {}
         self._begun = False
         self.effects: list[StepEffect] = []
         self.gate = math.inf
@@ -131,7 +131,7 @@ class OptimizerTap:
             hooks.register_optimizer_step_pre_hook(before),
             hooks.register_optimizer_step_post_hook(after),
         ]
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer = weakref.finalize(self, _let_go, self._handles, self._flagged)
 
     def reset(self) -> None:
         """Start a new step."""
@@ -139,7 +139,8 @@ class OptimizerTap:
         self._square = 0.0
         self._seen_gradient = False
         self.veto: str | None = None
-        self.last_rates, self.rates = self.rates, ()
+        self.last_rates, self._rates_of = self._rates_of, {}
+        self.rates: tuple[float, ...] = ()
         self._unread.clear()
         self.effective: tuple[float, ...] = ()
 
@@ -202,8 +203,7 @@ class OptimizerTap:
             return
         # Left from a step that an exception has ended before its post-hooks ran.
         self._stashed.pop(id(optimizer), None)
-        if self._flagged.pop(id(optimizer), None) is not None:
-            unflag(optimizer)
+        self._unflag(optimizer)
         if not self._begun:
             self._begun = True
             if self._before_first_step is not None:
@@ -212,6 +212,7 @@ class OptimizerTap:
             self._before_step()
         rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
         self.rates += rates
+        self._rates_of[id(optimizer)] = rates
         if kwargs.get("closure") is None and not any(callable(a) for a in args[1:]):
             self._judge(optimizer)
         if id(optimizer) not in self._stashed:
@@ -229,9 +230,9 @@ class OptimizerTap:
         gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
         if not gradients:
             return
-        if self._skips_by_flag(optimizer, gradients[0]):
-            judged = flag(optimizer, gradients, gate=self.gate, clip=self.clip)
-            self._flagged[id(optimizer)] = judged
+        if self._skips_by_flag(optimizer, gradients):
+            judged, set_flag = flag(optimizer, gradients, gate=self.gate, clip=self.clip)
+            self._flagged[id(optimizer)] = (optimizer, set_flag)
             self._unread.append(judged)
             return
         value = total_norm(gradients)
@@ -265,8 +266,15 @@ class OptimizerTap:
             self.veto = self.veto or verdict
         return verdict
 
-    def _skips_by_flag(self, optimizer: Optimizer, gradient: Tensor) -> bool:
-        wanted = gradient.device.type != "cpu" if self._by_flag is None else self._by_flag
+    def _unflag(self, optimizer: Optimizer) -> None:
+        flagged = self._flagged.pop(id(optimizer), None)
+        if flagged is not None:
+            unflag(*flagged)
+
+    def _skips_by_flag(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool:
+        device = gradients[0].device
+        wanted = device.type != "cpu" if self._by_flag is None else self._by_flag
+        wanted = wanted and all(g.device == device for g in gradients)
         if not wanted or not self._protect or self._on_veto is not None:
             return False
         # What recovery has put in force acts on the parameters as well, so it must know whether there is a step.
@@ -282,13 +290,13 @@ class OptimizerTap:
             p.grad = None
 
     def _after(self, optimizer: Optimizer) -> None:
+        self._unflag(optimizer)
         if self.paused:
             return
         if not any(optimizer is known for known in self.optimizers):
-            self.other_ended_s = time.perf_counter()
+            if self.steps == 0:
+                self.other_ended_s = time.perf_counter()
             return
-        if self._flagged.pop(id(optimizer), None) is not None:
-            unflag(optimizer)
         stashed = self._stashed.pop(id(optimizer), None)
         if stashed is None:
             for effect in reversed(self.effects):
@@ -301,6 +309,13 @@ class OptimizerTap:
 
 #: Hooks that could not be removed yet: of taps that were closed or died in the middle of an optimizer's step.
 _DEFERRED: list[Any] = []
+
+
+def _let_go(handles: list[Any], flagged: dict[int, tuple[Optimizer, Tensor]]) -> None:
+    for optimizer, set_flag in flagged.values():
+        unflag(optimizer, set_flag)
+    flagged.clear()
+    _remove(handles)
 
 
 def _remove(handles: list[Any]) -> None:

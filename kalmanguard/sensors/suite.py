@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmanguard.records import OVERWRITE, Costs, FloatArray, Measurement
+from kalmanguard.sensors.buffers import BufferMemory
 from kalmanguard.sensors.integrity import IntegritySensor
 from kalmanguard.sensors.norm import total_norm
 from kalmanguard.sensors.optimizer import OptimizerTap
@@ -54,6 +55,7 @@ class SensorSuite:
         self._durations: list[float] = []
         self._integrity = IntegritySensor([p for _, p in trained])
         self._buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+        self.buffers = BufferMemory(model)
         self._position: FloatArray | None = None
         self._length = 0.0
         self._tampered: tuple[str, ...] = ()
