@@ -868,3 +868,25 @@ def test_a_training_loss_in_another_unit_is_judged_by_its_own_progress() -> None
             flight.step(dataclasses.replace(m, loss=scale * (9.0 if odd else m.loss)))
         decisions.append([(d.proposed, d.level, d.orders.gate) for d in flight.decisions])
     assert decisions[0] == decisions[1]
+
+
+@pytest.mark.parametrize("harm", [0.0, 0.6])
+def test_an_edit_is_undone_at_once_when_the_probe_leaves_its_bound(harm: float) -> None:
+    good = descent()
+    flight = Flight(from_step(187, lambda s: good(s) + harm, good))
+    steps = list(healthy(200))
+    for m in steps[:186]:
+        flight.step(m)
+    decision = flight.step(dataclasses.replace(steps[186], tampered=("parameters",)))
+    assert decision.level is (Level.CONFIRMED if harm else Level.SUSPECT)
+    assert decision.proposed is (Action.ROLLBACK if harm else Action.ACCEPT)
+    if harm:
+        assert "parameters changed without an optimizer step, and the held-out loss" in decision.reason
+
+
+def test_edits_that_are_a_habit_are_left_to_the_envelope() -> None:
+    good = descent()
+    flight = Flight(from_step(187, lambda s: good(s) + 0.6, good))
+    for m in list(healthy(187)):
+        decision = flight.step(dataclasses.replace(m, tampered=("parameters",) if m.step >= 100 else ()))
+    assert decision.proposed is Action.ACCEPT

@@ -10,6 +10,7 @@ from kalmanguard.control.judgement import Judge, Verdict
 from kalmanguard.control.ladder import Ladder
 from kalmanguard.control.ledger import Ledger
 from kalmanguard.control.retention import SMALL_RING, Slot, to_evict
+from kalmanguard.control.watch import HABIT
 from kalmanguard.detectors.certain import certain, edits
 from kalmanguard.detectors.excursion import RATIO, LearningRateExcursion
 from kalmanguard.records import (
@@ -75,6 +76,10 @@ class Policy:
         changed = edits(m)
         if changed and all(t.startswith("silent") for t in changed) and ledger.tampered <= 1:
             return f"{' and '.join(t.removeprefix('silent ') for t in changed)} changed without an optimizer step"
+        if changed and verdict.broken and ledger.tampered <= HABIT:
+            # A cause from outside, so there is nothing that heals by itself.
+            what = " and ".join(dict.fromkeys(t.removeprefix("silent ") for t in changed))
+            return f"{what} changed without an optimizer step, and the held-out loss {verdict.y:.4g} has left its bound"
         return self._stuck(ledger, m)
 
     def _stuck(self, ledger: Ledger, m: Measurement) -> str:

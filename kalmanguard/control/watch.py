@@ -28,7 +28,7 @@ _RECOVERING_PROBES = 8
 _PROBATION_PROBES = 16
 _WARMUP_PROBES = 11
 #: Edits of parameters between steps after which they count as the user's habit.
-_HABIT = 3
+HABIT = 3
 
 
 class Watch:
@@ -129,7 +129,7 @@ class Watch:
                 found.append(evidence)
             if drift_state.level is not None and warm:
                 lowest = min(lowest, drift_state.level)
-        found.extend(certain(m, habitual=ledger.tampered > _HABIT))
+        found.extend(certain(m, habitual=ledger.tampered > HABIT))
         return (
             tuple(found),
             ledger._replace(
