@@ -66,7 +66,7 @@ class Engine:
     Notes
     -----
     Pure and deterministic: equal states and measurements give equal decisions, bit for bit on one build of numpy.
-    Cost at k = 64: 35 us a step alone (``python -m benchmarks cost``), more in a loop that evicts it from the caches.
+    Cost at k = 64: 33 us a step alone (``python -m benchmarks cost``), more in a loop that evicts it from the caches.
 
     Examples
     --------

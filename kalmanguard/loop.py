@@ -72,7 +72,6 @@ class Loop:
         self.timings = Timings()
         self._costs: Costs | None = None
         self._snapshot_failed = False
-        self._braced_at = -1
         self._first_reading: ProbeReading | None = None
 
     @property
@@ -91,7 +90,7 @@ class Loop:
         if self._snapshot_failed:
             measurement = dataclasses.replace(measurement, snapshot_failed=True)
             self._snapshot_failed = False
-        if self._braced_at == self.step - 1:
+        if self.actuator.ring.braced == self.step - 1:
             measurement = dataclasses.replace(measurement, braced=True)
         foresight = self.engine.observe(self.state, measurement)
         reading = None
@@ -167,7 +166,7 @@ class Loop:
 
     def interrupt(self) -> None:
         """The state was set, or trained on, without us: what was prepared for the next step no longer fits it."""
-        self._braced_at = -1
+        self.actuator.ring.braced = None
         self.tap.brace_norm = self.tap.brace_rate = math.inf
         self.suite.interrupt()
 
@@ -210,14 +209,13 @@ class Loop:
         Buffers are those of the end of the step before; the random streams have moved on by this step's forward pass,
         as they would in a rollback, which does not rewind them.
         """
-        self._braced_at = -1
+        self.actuator.ring.braced = None
         if self.suite.tampered or self.step in self.actuator.ring.steps():
             return
         try:
             with self.suite.buffers.as_remembered() as known:
                 if known:
                     self.actuator.brace(self.step)
-                    self._braced_at = self.step
         except Exception as fault:
             what = f"the state of step {self.step} could not be captured: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)

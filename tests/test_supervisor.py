@@ -1344,7 +1344,7 @@ def test_bracing_changes_nothing_in_a_healthy_run(runs: list[Run], tmp_path: Pat
                 p.grad.mul_(4.0)
 
     def see(run: Run, step: int) -> None:
-        if run is not bare and ring._braced is not None and ring._braced[0] == step - 1:
+        if run is not bare and ring.braced == step - 1:
             braced.append(step)
 
     bare.supervisor.close()
@@ -1407,11 +1407,11 @@ def test_a_braced_state_is_forgotten_when_the_run_is_rolled_back_by_hand(runs: l
         assert p.grad is not None
         p.grad.mul_(4.0)
     run.optimizer.step()
-    assert loop._braced_at == 103
+    assert loop.actuator.ring.braced == 103
     run.supervisor.rollback(loop.actuator.ring.steps()[-1])
     run.optimizer.zero_grad()
     decisions = run.go(20)
-    assert loop._braced_at == -1
+    assert loop.actuator.ring.braced is None
     assert {d.orders.adopt for d in decisions} == {False}
     assert run.supervisor.statistics()["errors"] == 0
 
@@ -1490,14 +1490,14 @@ def test_a_braced_state_is_forgotten_over_a_pause(runs: list[Run]) -> None:
     runs.append(run)
     run.go(103)
     loop = run.supervisor._loop
-    loop._braced_at = 103
+    loop.actuator.ring.braced = 103
     with run.supervisor.pause():
         for step in range(104, 110):
             x, y = run.batch(step)
             F.cross_entropy(run.model(x), y).backward()
             run.optimizer.step()
             run.optimizer.zero_grad()
-    assert loop._braced_at == -1
+    assert loop.actuator.ring.braced is None
     assert not run.go(1)[0].orders.adopt
 
 

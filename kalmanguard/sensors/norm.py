@@ -36,7 +36,7 @@ def norm_in_place(tensors: Sequence[Tensor]) -> Tensor:
 def _square_on_host(tensors: Sequence[Tensor]) -> float:
     """Sum of squares, by a dot product each for large tensors and one for all the small ones; nan where that fails.
 
-    Half the time of a norm each: what counts for small models is the number of calls.
+    What counts for small models is the number of calls.
     """
     square = 0.0
     try:

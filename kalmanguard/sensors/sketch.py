@@ -42,7 +42,8 @@ class Sketch:
 
     Notes
     -----
-    Cost: one pass over the parameters, about twice ``torch._foreach_norm`` on a CPU core; memory 2 MiB for the pool
+    Cost: one pass over the parameters, about three times ``torch._foreach_norm`` at 25 M parameters on a
+    CPU core (``python -m benchmarks sketch``); memory 2 MiB for the pool
     plus sixteen bytes for every element of parameters smaller than 32,768 elements. Those are summed in float64; of
     larger ones, chunks of 128 are summed in float32 and the chunks in float64, so a difference of two sketches resolves
     updates of 1e-5 of a weight. Measured accuracy of the norm: see ``docs/benchmarks.md``; an update that is confined

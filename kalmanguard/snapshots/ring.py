@@ -82,7 +82,9 @@ class Ring:
         self._slots = slots
         self._entries: dict[int, _Entry] = {}
         self._free: list[Slot] = []
-        self._braced: tuple[int, Slot] | None = None
+        #: Step of the state that was captured beside the ring, and the slot for such states, which outlives it.
+        self.braced: int | None = None
+        self._beside: Slot | None = None
         self._shared = _Shared()
         self._worker: threading.Thread | None = None
 
@@ -98,8 +100,8 @@ class Ring:
     def nbytes(self) -> int:
         """Bytes of all slots, free ones and the shared base copies of frozen tensors included."""
         slots = [*self._free, *[entry.slot for entry in self._entries.values()]]
-        if self._braced is not None:
-            slots.append(self._braced[1])
+        if self._beside is not None:
+            slots.append(self._beside)
         return sum(slot.nbytes for slot in slots) + self._state.base_bytes
 
     def steps(self) -> tuple[int, ...]:
@@ -137,9 +139,11 @@ class Ring:
 
     def brace(self, step: int) -> None:
         """Copy the present state, as ``step``, into a slot beside the ring, until `adopt` or the next call."""
-        slot = self._braced[1] if self._braced is not None else self._free.pop() if self._free else None
-        self._braced = None
-        self._braced = step, self._state.capture(slot)
+        self.braced = None
+        if self._beside is None and self._free:
+            self._beside = self._free.pop()
+        self._beside = self._state.capture(self._beside)
+        self.braced = step
 
     def adopt(self, step: int) -> None:
         """Take the state that `brace` has captured as ``step`` into the ring.
@@ -149,10 +153,10 @@ class Ring:
         SnapshotError
             That state was not captured, or the ring holds one of that step.
         """
-        if self._braced is None or self._braced[0] != step or step in self._entries:
+        if self._beside is None or self.braced != step or step in self._entries:
             raise SnapshotError(f"The state before step {step + 1} was not captured, so it cannot enter the ring.")
-        self._entries[step] = _Entry(self._braced[1], step)
-        self._braced = None
+        self._entries[step] = _Entry(self._beside, step)
+        self.braced = self._beside = None
 
     def evict(self, step: int) -> None:
         """Give the slot of ``step`` up."""
@@ -230,7 +234,7 @@ class Ring:
             self._worker = None
         self._entries.clear()
         self._free.clear()
-        self._braced = None
+        self.braced = self._beside = None
 
     def _entry(self, step: int) -> _Entry:
         entry = self._entries.get(step)
