@@ -16,6 +16,7 @@ from kalmanguard.errors import JournalError, RestoreFailed, SnapshotError
 from kalmanguard.incidents import Incidents
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.records import Action, Costs, Decision, Level, Measurement, Mode, Outcome, ProbeReading
+from kalmanguard.sensors.attachable import Attached
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.suite import SensorSuite, loss_value
@@ -70,6 +71,7 @@ class Loop:
         self.tally: Counter[str] = Counter()
         self.events: deque[tuple[int, str]] = deque(maxlen=_EVENTS)
         self.timings = Timings()
+        self.attached = Attached(lambda what, fault: self.incidents.report(self.step, what, fault))
         self._costs: Costs | None = None
         self._snapshot_failed = False
         self._first_reading: ProbeReading | None = None
@@ -85,7 +87,11 @@ class Loop:
         if self.step == self._started_at + _FIT_AT:
             self._fit_sensors()
         measurement = self.suite.measure(
-            self.step, loss_value(loss), costs=self._measured_costs(), objective=self.objective
+            self.step,
+            loss_value(loss),
+            costs=self._measured_costs(),
+            objective=self.objective,
+            findings=self.attached.sense(self.step),
         )
         if self._snapshot_failed:
             measurement = dataclasses.replace(measurement, snapshot_failed=True)

@@ -97,6 +97,19 @@ class Outcome:
         return self.digest_expected is not None and self.digest_expected == self.digest_actual
 
 
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One detector's word on one step; ``guarantee`` says how much the numbers are worth."""
+
+    detector: str
+    statistic: float
+    fired: bool
+    guarantee: Guarantee
+    message: str
+    p_value: float | None = None
+    e_value: float | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Measurement:
     """Everything the engine is allowed to see of one step; what the journal keeps is exactly this.
@@ -141,6 +154,8 @@ class Measurement:
     braced
         The state from before this step was captured right before the step was applied, because its gradient or its
         learning rate was larger than any so far.
+    findings
+        What the attached sensors found in this step.
     """
 
     step: int
@@ -160,6 +175,7 @@ class Measurement:
     objective: int = 0
     snapshot_failed: bool = False
     braced: bool = False
+    findings: tuple[Evidence, ...] = ()
 
 
 class Innovation(NamedTuple):
@@ -173,19 +189,6 @@ class Innovation(NamedTuple):
     def normalised(self) -> float:
         """The innovation in units of its predicted standard deviation."""
         return self.value / self.scale
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """One detector's word on one step; ``guarantee`` says how much the numbers are worth."""
-
-    detector: str
-    statistic: float
-    fired: bool
-    guarantee: Guarantee
-    message: str
-    p_value: float | None = None
-    e_value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from kalmanguard.records import Mode
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        engine.EngineState, bank.Estimators, ledger.Ledger, ledger.Episode, cadence.Cadence, ladder.LadderState,
-        retention.Slot, drift.DriftState, excursion.ExcursionState, tail.TailState, noise.Scale, probe.ProbeState,
-        statespace.Gaussian, statespace.Covariance, trajectory.TrajectoryState, trend.TrendState,
+        engine.EngineState, bank.Estimators, ledger.Ledger, ledger.Episode, ledger.Heard, cadence.Cadence,
+        ladder.LadderState, retention.Slot, drift.DriftState, excursion.ExcursionState, tail.TailState, noise.Scale,
+        probe.ProbeState, statespace.Gaussian, statespace.Covariance, trajectory.TrajectoryState, trend.TrendState,
     )
 }  # fmt: skip
 

@@ -41,6 +41,7 @@ from kalmanguard.journal.header import environment, header
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.loop import Loop
 from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outcome
+from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.suite import SensorSuite
@@ -347,6 +348,23 @@ class Supervisor:
             self._loop.interrupt()
             self._loop.journal.record("note", self.step, {"pause": None})
 
+    def attach(self, sensor: Attachable) -> None:
+        """Ask a further sensor at every step: `Forensics`, a monitor, or one of your own with ``sense`` and ``close``.
+
+        What it finds is journaled, and suspicious findings buy a probe; they never cause a rollback by themselves. A
+        sensor that raises is taken off, reported once, and training goes on. It is closed with the supervisor.
+
+        Raises
+        ------
+        ConfigurationError
+            The object has no ``sense(step)`` or no ``close()``.
+        """
+        self._loop.attached.add(sensor)
+
+    def detach(self, sensor: Attachable) -> None:
+        """Take a sensor off again, and close it."""
+        self._loop.attached.remove(sensor)
+
     def register(self, name: str, obj: Any) -> None:
         """Make an object's state part of every snapshot: EMA weights, a curriculum, a tokenizer.
 
@@ -582,6 +600,7 @@ class Supervisor:
         atexit.unregister(self._exit)
         loop = self._loop
         loop.tap.close()
+        loop.attached.close()
         try:
             ledger, held = loop.state.ledger, loop.actuator.ring.steps()
             certified = [s.step for s in ledger.slots if s.certified and not s.suspect and s.step in held]
@@ -681,6 +700,7 @@ class Supervisor:
         self._closed = True
         atexit.unregister(self._exit)
         self._loop.tap.close()
+        self._loop.attached.close()
         self._loop.journal.abandon()
         self._loop.actuator.close()
 

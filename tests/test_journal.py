@@ -66,6 +66,9 @@ outcomes = st.builds(
     manual=st.booleans(),
     error=maybe_text,
 )
+evidence = st.builds(
+    Evidence, texts, floats, st.booleans(), st.sampled_from(Guarantee), texts, st.none() | floats, st.none() | floats
+)
 measurements = st.builds(
     Measurement,
     step=steps,
@@ -85,9 +88,7 @@ measurements = st.builds(
     objective=st.integers(0, 2**31),
     snapshot_failed=st.booleans(),
     braced=st.booleans(),
-)
-evidence = st.builds(
-    Evidence, texts, floats, st.booleans(), st.sampled_from(Guarantee), texts, st.none() | floats, st.none() | floats
+    findings=st.lists(evidence, max_size=2).map(tuple),
 )
 orders = st.builds(
     Orders,

@@ -40,6 +40,14 @@ class Episode(NamedTuple):
     gradient: float = math.inf
 
 
+class Heard(NamedTuple):
+    """A detector that tells nothing new before step ``until``; ``gap`` is how long it is not listened to next time."""
+
+    detector: str
+    until: int
+    gap: int
+
+
 class Ledger(NamedTuple):
     """What no rollback rewinds.
 
@@ -76,6 +84,7 @@ class Ledger(NamedTuple):
     climbed: int = 0
     began: int = 0
     first_loss: float = math.nan
+    heard: tuple[Heard, ...] = ()
 
 
 def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kalmanguard.control.cadence import cadence
-from kalmanguard.control.ledger import Episode, Ledger
+from kalmanguard.control.ledger import Episode, Heard, Ledger
 from kalmanguard.detectors.certain import certain
 from kalmanguard.detectors.drift import DriftResult, DriftTest
 from kalmanguard.detectors.excursion import LearningRateExcursion
@@ -27,6 +27,8 @@ _EXCURSION_PROBES = 2
 _RECOVERING_PROBES = 8
 _PROBATION_PROBES = 16
 _WARMUP_PROBES = 11
+#: Steps for which a finding of a sensor is not news again; doubled every time.
+_FINDING_GAP = 50
 #: Edits of parameters between steps after which they count as the user's habit.
 HABIT = 3
 
@@ -58,12 +60,12 @@ class Watch:
         if not evidence:
             return ledger, evidence, drift
         episode = ledger.episode
+        # A sensor's finding is a reason to look; harm that a probe then shows is explained by innovations alone.
+        explained = not m.findings or any(item not in m.findings for item in evidence)
         episode = (
-            Episode(
-                m.step, m.step, explained=True, next_probe=m.step, tails=tails, gradient=largest_gradient or math.inf
-            )
+            Episode(m.step, m.step, explained, next_probe=m.step, tails=tails, gradient=largest_gradient or math.inf)
             if episode is None
-            else episode._replace(last=m.step, explained=True, next_probe=m.step, gap=1)
+            else episode._replace(last=m.step, explained=explained or episode.explained, next_probe=m.step, gap=1)
         )
         if drift is not None and drift.alarm and max(m.learning_rates, default=0.0) <= _RAISED * ledger.rate:
             # The alarm comes long after the drift began: go back to before that.
@@ -130,13 +132,38 @@ class Watch:
             if drift_state.level is not None and warm:
                 lowest = min(lowest, drift_state.level)
         found.extend(certain(m, habitual=ledger.tampered > HABIT))
+        heard = ledger.heard
+        if m.findings:
+            heard, news = _news(heard, m)
+            found.extend(news)
         return (
             tuple(found),
             ledger._replace(
-                tails=tails, drift=drift_state, excursion=excursion, lowest_loss=lowest, rate=rate, first_loss=first
+                heard=heard,
+                tails=tails,
+                drift=drift_state,
+                excursion=excursion,
+                lowest_loss=lowest,
+                rate=rate,
+                first_loss=first,
             ),
             drift,
         )
+
+
+def _news(heard: tuple[Heard, ...], m: Measurement) -> tuple[tuple[Heard, ...], list[Evidence]]:
+    """Suspicious findings of detectors that have not said so just before: one that never stops buys few probes."""
+    news = []
+    for finding in m.findings:
+        if not finding.fired:
+            continue
+        last = next((h for h in heard if h.detector == finding.detector), None)
+        if last is not None and m.step < last.until:
+            continue
+        gap = _FINDING_GAP if last is None else 2 * last.gap
+        heard = (*(h for h in heard if h is not last), Heard(finding.detector, m.step + gap, gap))
+        news.append(finding)
+    return heard, news
 
 
 def _effective(m: Measurement) -> tuple[float, ...]:

@@ -6,11 +6,11 @@ Layout of version 1, little-endian throughout. ``body`` is
    rates; flags; numbers of velocity, losses, float64 values in 2, bytes in 3 and 4; objective; rung; step, step of the
    decision, restored step, step to restore; loss, factor, gradient norm, rounding floor, buffer norm, gate;
 2. float64: learning rates, then ``step_s, probe_s, snapshot_s`` when there are costs, then ``statistic, p, e`` for each
-   piece of evidence;
+   piece of evidence and each finding;
 3. the reason, UTF-8;
 4. the tail, an ASCII JSON object, empty in an uneventful step: ``evidence`` (lists of detector, fired, guarantee,
    message, has p, has e), ``tampered``, ``veto``, ``certificate``, ``outcome``, ``slots``, ``certify``, ``evict``,
-   ``adopt``.
+   ``adopt``, ``findings`` (as ``evidence``).
 
 ``blob`` is float64: velocity, probe losses, and the decision's statistics in what is left.
 """
@@ -141,7 +141,7 @@ def _pack(m: Measurement, d: Decision, statistics: bytes | None) -> tuple[bytes,
         tail = {"certify": orders.certify, "evict": orders.evict}
     if orders.adopt:
         tail = {**(tail or {}), "adopt": True}
-    if d.evidence or m.tampered or veto == OTHER or certificate == OTHER or m.outcome or m.costs:
+    if d.evidence or m.tampered or m.findings or veto == OTHER or certificate == OTHER or m.outcome or m.costs:
         flags, values, rare = _rare(m, d, flags, veto, certificate)
         tail = rare if tail is None else tail | rare
     text = json.dumps(tail, separators=(",", ":")).encode() if tail else b""
@@ -176,9 +176,11 @@ def _rare(
         tail["veto"] = m.veto
     if certificate == OTHER:
         tail["certificate"] = d.certificate
-    if d.evidence:
-        listed = tail["evidence"] = []
-        for e in d.evidence:
+    for name, items in (("evidence", d.evidence), ("findings", m.findings)):
+        if not items:
+            continue
+        listed = tail[name] = []
+        for e in items:
             p, value = e.p_value, e.e_value
             values += (e.statistic, 0.0 if p is None else p, 0.0 if value is None else value)
             listed.append([e.detector, bool(e.fired), e.guarantee.value, e.message, p is not None, value is not None])
@@ -227,7 +229,10 @@ def _unpack(body: bytes, blob: bytes) -> tuple[Measurement, Decision]:
     tail: dict[str, Any] = json.loads(body[at + n_reason :]) if n_tail else {}
     more = list(values[n_rates:])
     costs = Costs(more[0], more[1], more[2], tail["slots"]) if flags & COSTS else None
-    evidence = _evidence(tail.get("evidence", []), more[3 if flags & COSTS else 0 :])
+    numbers = more[3 if flags & COSTS else 0 :]
+    listed, found = tail.get("evidence", []), tail.get("findings", [])
+    evidence = _evidence(listed, numbers[: 3 * len(listed)])
+    findings = _evidence(found, numbers[3 * len(listed) :])
     measurement = Measurement(
         step=step,
         loss=loss if flags & LOSS else None,
@@ -246,6 +251,7 @@ def _unpack(body: bytes, blob: bytes) -> tuple[Measurement, Decision]:
         objective=objective,
         snapshot_failed=bool(flags & SNAPSHOT_FAILED),
         braced=bool(flags & BRACED),
+        findings=findings,
     )
     decision = Decision(
         step=decision_step,

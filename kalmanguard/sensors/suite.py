@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kalmanguard.records import OVERWRITE, Costs, FloatArray, Measurement
+from kalmanguard.records import OVERWRITE, Costs, Evidence, FloatArray, Measurement
 from kalmanguard.sensors.buffers import BufferMemory
 from kalmanguard.sensors.integrity import IntegritySensor
 from kalmanguard.sensors.norm import total_norm
@@ -72,7 +72,15 @@ class SensorSuite:
         """Check integrity; called right before the first optimizer step since the last measurement."""
         self._tampered = self._integrity.check()
 
-    def measure(self, step: int, loss: float | None, *, costs: Costs | None, objective: int) -> Measurement:
+    def measure(
+        self,
+        step: int,
+        loss: float | None,
+        *,
+        costs: Costs | None,
+        objective: int,
+        findings: tuple[Evidence, ...] = (),
+    ) -> Measurement:
         """Measure the present state, after the optimizer's step."""
         self._turn += 1
         if self._turn % self.stride == 0:
@@ -104,6 +112,7 @@ class SensorSuite:
             tampered=tampered,
             costs=costs,
             objective=objective,
+            findings=findings,
         )
         tap.reset()
         return measurement

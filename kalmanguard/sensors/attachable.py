@@ -1,0 +1,78 @@
+"""What a sensor must have to be attached to a supervisor, and the guard around those that are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.records import Evidence
+
+
+@runtime_checkable
+class Attachable(Protocol):
+    """A sensor of one's own: asked once after every optimizer step, closed with the supervisor.
+
+    `sense` returns what it found, mostly nothing; evidence that fired buys one held-out probe, never a rollback by
+    itself. It must leave the training as it is, and is cheap when nothing is due.
+
+    Examples
+    --------
+    >>> class LossTarget:
+    ...     def sense(self, step): return ()
+    ...     def close(self): pass
+    >>> isinstance(LossTarget(), Attachable)
+    True
+    """
+
+    def sense(self, step: int) -> tuple[Evidence, ...]:
+        """Look at the present state, after step ``step``."""
+        ...
+
+    def close(self) -> None:
+        """Take off all hooks."""
+        ...
+
+
+class Attached:
+    """The sensors of one supervisor. One that raises is taken off and reported; training and the others go on."""
+
+    def __init__(self, report: Callable[[str, BaseException], None]) -> None:
+        self._report = report
+        self._sensors: list[Attachable] = []
+
+    def add(self, sensor: Attachable) -> None:
+        """Ask ``sensor`` too from the next step on."""
+        if not isinstance(sensor, Attachable):
+            raise ConfigurationError(
+                f"attach() was given a {type(sensor).__name__} without sense(step) and close(); see "
+                "kalmanguard.sensors.attachable.Attachable."
+            )
+        if not any(sensor is other for other in self._sensors):
+            self._sensors.append(sensor)
+
+    def remove(self, sensor: Attachable) -> None:
+        """Ask it no more, and close it."""
+        self._sensors = [other for other in self._sensors if other is not sensor]
+        try:
+            sensor.close()
+        except Exception as fault:
+            self._report(f"{type(sensor).__name__} could not be closed: {type(fault).__name__}: {fault}", fault)
+
+    def sense(self, step: int) -> tuple[Evidence, ...]:
+        """Everything that the sensors have found at this step."""
+        if not self._sensors:
+            return ()
+        found: list[Evidence] = []
+        for sensor in tuple(self._sensors):
+            try:
+                found.extend(sensor.sense(step))
+            except Exception as fault:
+                self._report(f"{type(sensor).__name__} failed and is off: {type(fault).__name__}: {fault}", fault)
+                self.remove(sensor)
+        return tuple(found)
+
+    def close(self) -> None:
+        """Close all."""
+        for sensor in tuple(self._sensors):
+            self.remove(sensor)

@@ -1,0 +1,91 @@
+"""Sensors of one's own, attached to a supervisor: what they find is heard once, journaled, and never a rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kalmanguard import Decision, Evidence, Guarantee, Level, Supervisor
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.models.mlp import MLPPlant
+from kalmanguard.models.plant import Plant
+from kalmanguard.replay import replay
+
+
+def train(plant: Plant, guard: Supervisor, steps: int) -> list[Decision]:
+    decisions = []
+    for _, batch in zip(range(steps), plant.loader, strict=False):
+        loss = plant.step_loss(batch)
+        loss.backward()
+        plant.optimizer.step()
+        plant.optimizer.zero_grad()
+        decisions.append(guard.update(loss))
+    return decisions
+
+
+class Finds:
+    """Fires at the steps that it is told."""
+
+    def __init__(self, at: Callable[[int], bool]) -> None:
+        self.at, self.asked, self.closed = at, 0, 0
+
+    def sense(self, step: int) -> tuple[Evidence, ...]:
+        self.asked += 1
+        return (Evidence("finds", float(step), self.at(step), Guarantee.HEURISTIC, "something is odd"),)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_an_attached_sensor_is_heard_journaled_and_closed(tmp_path: Path) -> None:
+    plant = MLPPlant(seed=0)
+    sensor = Finds(lambda step: step == 70)
+    with Supervisor(plant.model, plant.probe_loader, run_dir=tmp_path / "run", settings={"probe_every": 50}) as guard:
+        guard.attach(sensor)
+        guard.attach(sensor)  # once is enough
+        decisions = train(plant, guard, 80)
+    assert (sensor.asked, sensor.closed) == (80, 1)
+    assert decisions[69].level is Level.SUSPECT
+    assert [e.detector for e in decisions[69].evidence if e.fired] == ["finds"]
+    assert all(d.level is not Level.SUSPECT for d in decisions[:69])
+    assert replay(tmp_path / "run").identical
+
+
+def test_a_sensor_that_never_stops_buys_few_probes_and_changes_nothing() -> None:
+    quiet, loud = (MLPPlant(seed=0) for _ in range(2))
+    runs = []
+    for plant, sensor in ((quiet, Finds(lambda step: False)), (loud, Finds(lambda step: True))):
+        with Supervisor(plant.model, plant.probe_loader, settings={"probe_every": 50}) as guard:
+            guard.attach(sensor)
+            train(plant, guard, 400)
+            runs.append(guard.statistics())
+    assert 1 <= runs[1]["suspicions"] <= 8
+    assert runs[1]["probes"] - runs[0]["probes"] <= 40
+    assert runs[1]["rollbacks"] == runs[1]["vetoes"] == 0
+    for a, b in zip(quiet.model.parameters(), loud.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_sensor_that_raises_is_taken_off_and_training_goes_on() -> None:
+    class Broken(Finds):
+        def sense(self, step: int) -> tuple[Evidence, ...]:
+            if step == 3:
+                raise RuntimeError("no such layer")
+            return super().sense(step)
+
+    plant = MLPPlant(seed=0)
+    sensor = Broken(lambda step: False)
+    with Supervisor(plant.model, plant.probe_loader) as guard:
+        guard.attach(sensor)
+        with pytest.warns(UserWarning, match="Broken failed and is off: RuntimeError: no such layer"):
+            train(plant, guard, 6)
+        assert (sensor.asked, sensor.closed) == (2, 1)
+        assert guard.step == 6
+    with (
+        Supervisor(plant.model, plant.probe_loader) as guard,
+        pytest.raises(ConfigurationError, match=r"sense\(step\)"),
+    ):
+        guard.attach(object())  # type: ignore[arg-type]
