@@ -11,6 +11,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kalmanguard.errors import ConfigurationError
 
+#: Everything that can raise a suspicion by statistics, and whether it does so by default: what the ablation in
+#: ``docs/benchmarks.md`` shows to add nothing is off. What needs no statistics (finiteness, edits) is always on.
+DETECTORS: dict[str, bool] = {
+    "loss": True,
+    "gradient": True,
+    "gain": True,
+    "buffers": True,
+    "trajectory": True,
+    "drift": True,
+    "learning-rate": True,
+    "onset": True,
+    "lyapunov": False,
+    "oscillation": False,
+    "period-two": False,
+    "damping": False,
+    "regimes": False,
+}
+
 Preset = Literal["conservative", "balanced", "aggressive"]
 
 #: What a preset changes against the field defaults ("balanced").
@@ -78,6 +96,9 @@ class Settings(BaseModel):
     sketch_size: int = Field(64, ge=8, le=4096, description="rows k of the sketch")
     seed: int = Field(0, ge=0, description="key of the sketch's signs; never touches the training's random state")
 
+    detectors: tuple[str, ...] = Field(
+        tuple(name for name, on in DETECTORS.items() if on), description="what may raise a suspicion, by name"
+    )
     warmup_steps: int = Field(30, ge=5, description="steps before a finite value can be suspicious")
     suspicion: float = Field(8.0, gt=1, description="normalised innovation that is suspicious")
     run_length: float = Field(20_000.0, gt=1, description="stated mean run length to a false drift alarm, in steps")
@@ -107,6 +128,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if unknown := [name for name in self.detectors if name not in DETECTORS]:
+            raise ValueError(f"detectors = {unknown!r}: choose from {', '.join(DETECTORS)}")
         if self.certificate_delta >= self.certificate_clip:
             raise ValueError(
                 f"certificate_delta ({self.certificate_delta}) must be smaller than certificate_clip "

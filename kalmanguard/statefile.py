@@ -9,17 +9,19 @@ import numpy as np
 
 from kalmanguard import engine
 from kalmanguard.control import cadence, ladder, ledger, retention
-from kalmanguard.detectors import drift, excursion, tail
+from kalmanguard.detectors import drift, dynamics, excursion, tail
 from kalmanguard.errors import ConfigurationError
-from kalmanguard.estimators import bank, noise, probe, statespace, trajectory, trend
-from kalmanguard.records import Mode
+from kalmanguard.estimators import autocovariance, bank, noise, probe, regimes, statespace, trajectory, trend
+from kalmanguard.records import Innovation, Mode
 
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         engine.EngineState, bank.Estimators, ledger.Ledger, ledger.Episode, ledger.Heard, cadence.Cadence,
-        ladder.LadderState, retention.Slot, drift.DriftState, excursion.ExcursionState, tail.TailState, noise.Scale,
-        probe.ProbeState, statespace.Gaussian, statespace.Covariance, trajectory.TrajectoryState, trend.TrendState,
+        ladder.LadderState, retention.Slot, drift.DriftState, excursion.ExcursionState, tail.TailState, Innovation,
+        dynamics.DynamicsState, autocovariance.AutocovarianceState, autocovariance.Moments, regimes.RegimeState,
+        noise.Scale, probe.ProbeState, statespace.Gaussian, statespace.Covariance, trajectory.TrajectoryState,
+        trend.TrendState,
     )
 }  # fmt: skip
 

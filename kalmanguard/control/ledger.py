@@ -9,10 +9,11 @@ from kalmanguard.control.cadence import Cadence
 from kalmanguard.control.ladder import LadderState
 from kalmanguard.control.retention import Slot
 from kalmanguard.detectors.drift import DriftState
+from kalmanguard.detectors.dynamics import DynamicsState
 from kalmanguard.detectors.excursion import ExcursionState
 from kalmanguard.detectors.tail import TailState
 from kalmanguard.estimators.bank import CHANNELS
-from kalmanguard.records import Mode
+from kalmanguard.records import Innovation, Mode
 
 
 class Episode(NamedTuple):
@@ -52,6 +53,7 @@ class Ledger(NamedTuple):
     """What no rollback rewinds.
 
     ``began`` is the step before the first one of the present objective, ``first_loss`` the first training loss of it.
+    ``recent`` are the innovations of the last steps since a restored state, from which an onset is read.
     """
 
     mode: Mode = Mode.WATCHING
@@ -85,6 +87,8 @@ class Ledger(NamedTuple):
     began: int = 0
     first_loss: float = math.nan
     heard: tuple[Heard, ...] = ()
+    recent: tuple[tuple[Innovation | None, ...], ...] = ()
+    dynamics: DynamicsState = DynamicsState()
 
 
 def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
@@ -92,6 +96,6 @@ def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
     return ledger._replace(
         objective=objective, began=began, warm=False, start=math.nan, best=math.inf, standard_error=0.0, probes=0,
         episode=None, declined=False, slots=(), last_snapshot=-(1 << 40), drift=DriftState(), lowest_loss=math.inf,
-        first_loss=math.nan,
+        first_loss=math.nan, recent=(), dynamics=DynamicsState(),
         ladder=LadderState(), mode=Mode.WATCHING,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from kalmanguard.control.ledger import Ledger
 from kalmanguard.control.retention import SMALL_RING, Slot, to_evict
 from kalmanguard.control.watch import HABIT
 from kalmanguard.detectors.certain import certain, edits
+from kalmanguard.detectors.dynamics import DynamicsState
 from kalmanguard.detectors.excursion import RATIO, LearningRateExcursion
 from kalmanguard.records import (
     OVERWRITE,
@@ -123,6 +124,8 @@ class Policy:
             ladder=ladder,
             skipped_in_a_row=0,
             climbed=0,
+            recent=(),
+            dynamics=DynamicsState(tails=ledger.dynamics.tails),
             last_snapshot=m.step,
             last_probe=m.step,
         )

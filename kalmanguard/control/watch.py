@@ -8,7 +8,9 @@ from kalmanguard.control.cadence import cadence
 from kalmanguard.control.ledger import Episode, Heard, Ledger
 from kalmanguard.detectors.certain import certain
 from kalmanguard.detectors.drift import DriftResult, DriftTest
+from kalmanguard.detectors.dynamics import Dynamics
 from kalmanguard.detectors.excursion import LearningRateExcursion
+from kalmanguard.detectors.onset import onset
 from kalmanguard.detectors.tail import TailTest
 from kalmanguard.estimators.bank import CHANNELS, Innovations
 from kalmanguard.records import Evidence, Innovation, Measurement, Mode
@@ -27,6 +29,8 @@ _EXCURSION_PROBES = 2
 _RECOVERING_PROBES = 8
 _PROBATION_PROBES = 16
 _WARMUP_PROBES = 11
+#: Rows of innovations that an onset is read from, and the largest that counts: beyond it all are equally certain.
+_RECENT, _CLIP = 32, 100.0
 #: Steps for which a finding of a sensor is not news again; doubled every time.
 _FINDING_GAP = 50
 #: Edits of parameters between steps after which they count as the user's habit.
@@ -48,6 +52,8 @@ class Watch:
             TailTest(channel, threshold=settings.suspicion, rate=_TAIL_RATE, two_sided=channel in ("gain", "buffers"))
             for channel in CHANNELS
         )
+        self._on = frozenset(settings.detectors)
+        self._dynamics = Dynamics(settings.detectors)
         self._drift = DriftTest(run_length=settings.run_length)
         self._excursion = LearningRateExcursion()
 
@@ -55,15 +61,17 @@ class Watch:
         self, ledger: Ledger, innovations: Innovations, m: Measurement, *, largest_gradient: float
     ) -> tuple[Ledger, tuple[Evidence, ...], DriftResult | None]:
         """Run all detectors on one step; ``largest_gradient`` is from before it."""
-        tails = ledger.tails
-        evidence, ledger, drift = self._detect(ledger, innovations.channels, m)
+        tails, channels = ledger.tails, innovations.channels
+        ledger = ledger._replace(recent=(*ledger.recent[1 - _RECENT :], channels))
+        evidence, ledger, drift = self._detect(ledger, channels, m)
         if not evidence:
             return ledger, evidence, drift
         episode = ledger.episode
+        began = self._onset(ledger, m) if episode is None else m.step
         # A sensor's finding is a reason to look; harm that a probe then shows is explained by innovations alone.
         explained = not m.findings or any(item not in m.findings for item in evidence)
         episode = (
-            Episode(m.step, m.step, explained, next_probe=m.step, tails=tails, gradient=largest_gradient or math.inf)
+            Episode(began, m.step, explained, next_probe=m.step, tails=tails, gradient=largest_gradient or math.inf)
             if episode is None
             else episode._replace(last=m.step, explained=explained or episode.explained, next_probe=m.step, gap=1)
         )
@@ -72,6 +80,17 @@ class Watch:
             began = m.step - ledger.drift.risen_for - _DRIFT_START
             episode = episode._replace(drifted=True, onset=min(episode.onset, began))
         return ledger._replace(episode=episode), evidence, drift
+
+    def _onset(self, ledger: Ledger, m: Measurement) -> int:
+        """First step that the innovations were off at, by their change point; this one unless they show more."""
+        if "onset" not in self._on or not ledger.warm:
+            return m.step
+        window = [
+            tuple(math.nan if i is None else max(-_CLIP, min(_CLIP, i.normalised)) for i in row)
+            for row in ledger.recent
+        ]
+        change = onset(window)
+        return m.step if change is None else m.step - change.ago + 1
 
     def wants_probe(self, ledger: Ledger, step: int) -> bool:
         """Whether this step is worth a probe."""
@@ -110,7 +129,7 @@ class Watch:
         rate = now if ledger.rate == 0.0 else ledger.rate + _RATE_GAIN * (now - ledger.rate)
         if warm:
             for index, innovation in enumerate(innovations):
-                if innovation is None:
+                if innovation is None or CHANNELS[index] not in self._on:
                     continue
                 tail, evidence = self._tails[index].step(tails[index], innovation)
                 # One episode counts once: a shift that lasts must not raise the threshold at every step.
@@ -119,7 +138,7 @@ class Watch:
                 if evidence is not None:
                     found.append(evidence)
             excursion, evidence = self._excursion.step(excursion, _effective(m))
-            if evidence is not None:
+            if evidence is not None and "learning-rate" in self._on:
                 found.append(evidence)
         else:
             excursion = self._excursion.learn(excursion, _effective(m))
@@ -127,11 +146,18 @@ class Watch:
         if m.loss is not None and math.isfinite(m.loss):
             first = m.loss if math.isnan(first) else first
             drift_state, drift, evidence = self._drift.step(drift_state, m.loss)
+            if "drift" not in self._on:
+                drift = evidence = None
             if evidence is not None:
                 found.append(evidence)
             if drift_state.level is not None and warm:
                 lowest = min(lowest, drift_state.level)
         found.extend(certain(m, habitual=ledger.tampered > HABIT))
+        dynamics = ledger.dynamics
+        if self._dynamics and m.veto is None:
+            rate = max(m.learning_rates, default=0.0) * m.lr_factor
+            dynamics, more = self._dynamics.step(dynamics, m.step, m.velocity, rate, innovations[0])
+            found.extend(more if warm else ())
         heard = ledger.heard
         if m.findings:
             heard, news = _news(heard, m)
@@ -140,6 +166,7 @@ class Watch:
             tuple(found),
             ledger._replace(
                 heard=heard,
+                dynamics=dynamics,
                 tails=tails,
                 drift=drift_state,
                 excursion=excursion,

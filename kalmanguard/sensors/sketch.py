@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -199,6 +200,7 @@ def _real(p: Tensor) -> Tensor:
     return torch.view_as_real(p) if p.is_complex() else p
 
 
+@lru_cache(maxsize=4)
 def _pool(seed: int) -> Tensor:
     bits = np.random.Philox(key=seed).random_raw(2 * _WINDOW // 64).view(np.uint8)
     return torch.from_numpy(np.unpackbits(bits).astype(np.float32) * 2.0 - 1.0)
