@@ -18,7 +18,7 @@ class Onset(NamedTuple):
     channel: int
 
 
-def onset(window: Sequence[Sequence[float]], *, threshold: float = 16.0) -> Onset | None:
+def onset(window: Sequence[Sequence[float]], *, threshold: float = 64.0) -> Onset | None:
     """Find since when the mean of any channel has been up, given that something was detected at the window's end.
 
     Parameters
@@ -26,7 +26,8 @@ def onset(window: Sequence[Sequence[float]], *, threshold: float = 16.0) -> Onse
     window
         Rows of normalised innovations, oldest first, one column per channel; nan where a channel saw nothing.
     threshold
-        Least likelihood ratio of the rows before the last one, in squared deviations.
+        Least likelihood ratio of the rows before the last one, in squared deviations: what one innovation of eight
+        deviations has. Healthy innovations have heavy tails, and come in pairs.
 
     Returns
     -------
@@ -46,7 +47,7 @@ def onset(window: Sequence[Sequence[float]], *, threshold: float = 16.0) -> Onse
 
     Examples
     --------
-    >>> quiet, shifted = [(0.3,), (-0.4,), (0.1,), (-0.2,)], [(1.9,), (2.4,), (1.8,), (2.2,), (9.6,)]
+    >>> quiet, shifted = [(0.3,), (-0.4,), (0.1,), (-0.2,)], [(4.9,), (5.4,), (3.8,), (5.2,), (9.6,)]
     >>> onset(quiet + shifted).ago
     5
     >>> onset(quiet + [(40.0,)]) is None
