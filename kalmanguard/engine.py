@@ -133,7 +133,8 @@ class Engine:
             if harm and not ledger.declined:
                 # What a probe has not shown is not weighed against probes either.
                 y = verdict.y if verdict.harm else math.nan
-                ruling = self._policy.intervene(ledger, m, harm, y, evidence, statistics)
+                bound = verdict.bound if verdict.envelope is not None else math.inf
+                ruling = self._policy.intervene(ledger, m, harm, y, bound, evidence, statistics)
             if ruling is None:
                 ruling = self._policy.accept(
                     ledger, m, verdict, evidence, statistics, largest_gradient=estimators.largest_gradient

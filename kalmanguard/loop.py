@@ -193,7 +193,7 @@ class Loop:
         if decision.proposed in (Action.ROLLBACK, Action.HALT):
             return self._roll_back(decision)
         if orders.release:
-            self.actuator.release()
+            self.actuator.release(lasting=orders.lasting)
         if orders.snapshot or orders.evict or orders.certify or orders.adopt:
             self._keep(decision)
         return decision

@@ -217,6 +217,8 @@ class Orders:
         Whether a gradient above the gate is scaled down to it instead of dropped.
     release
         The ladder was climbed down again: actuators lift what is still in force.
+    lasting
+        With ``release``: the cut of the learning rate stays.
     """
 
     snapshot: bool = False
@@ -229,6 +231,7 @@ class Orders:
     clip: bool = False
     release: bool = False
     adopt: bool = False
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

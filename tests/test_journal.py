@@ -102,6 +102,7 @@ orders = st.builds(
     clip=st.booleans(),
     release=st.booleans(),
     adopt=st.booleans(),
+    lasting=st.booleans(),
 )
 decisions = st.builds(
     Decision,

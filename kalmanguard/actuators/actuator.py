@@ -212,9 +212,9 @@ class Actuator:
         if self.store is not None:
             self.store.thaw()
 
-    def release(self) -> None:
-        """Lift what recovery has put in force."""
-        self._limit.release()
+    def release(self, *, lasting: bool = False) -> None:
+        """Lift what recovery has put in force; ``lasting`` leaves the learning rate cut."""
+        self._limit.release(lasting=lasting)
         self._tap.effects[:] = [self._limit]
 
     def checkpoint(self, step: int, *, clean: bool, force: bool = False) -> bool:

@@ -15,7 +15,7 @@ class LearningRateLimit:
     """Scale the learning rate, and hold it below what the restored state was trained at.
 
     The user's own value is put back after each step, so that no scheduler undoes or compounds the limit. `release` lets
-    the factor grow back to 1, by equal ratios, over 20 steps of each optimizer.
+    the factor grow back to 1, by equal ratios, over 20 steps of each optimizer, or leaves it as it is for good.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,11 @@ class LearningRateLimit:
         self._interrupt()
         self._caps.update({(id(optimizer), index): rate for index, rate in enumerate(rates)})
 
-    def release(self) -> None:
-        """Begin to give the user's rates back."""
-        if self.active and not self._releasing:
+    def release(self, *, lasting: bool = False) -> None:
+        """Begin to give the user's rates back; ``lasting`` lifts the caps only."""
+        if lasting:
+            self._caps = {}
+        elif self.active and not self._releasing:
             self._releasing = True
             self._left = dict.fromkeys(self._lowest, _RAMP_STEPS)
             self._factor, self._caps = 1.0, {}

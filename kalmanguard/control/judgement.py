@@ -22,6 +22,9 @@ _LASTING_SHARE = 0.25
 _EXPLAINED_SHARE = 0.5
 #: The same for a run that has just been restored.
 _RECOVERING_SHARE = 0.125
+#: During warm-up a state is harmed that is worse than before training by this share of the first probe's magnitude, or
+#: by so many standard errors, whichever is more: what cannot have progressed yet has no progress to lose.
+_UNTRAINED_FRAC, _UNTRAINED_ERRORS = 0.5, 10.0
 #: Times ``hold`` after which a restored run that has not come back counts as harmed again.
 _PATIENT_HOLDS = 3
 #: Probes in a row, each above the one before, after which it counts so at once.
@@ -120,7 +123,10 @@ class Judge:
             line = self._line(ledger, _LASTING_SHARE).bound
         elif episode is not None and episode.explained:
             line = self._line(ledger, _EXPLAINED_SHARE).bound
-        broken = ledger.warm and y > bound
+        if not ledger.warm:
+            line = self._untrained(ledger, m)
+            bound = line if line < math.inf else bound
+        broken = y > (bound if ledger.warm else line)
         gated = ledger.warm and prediction is not None and prediction.ready and _beyond(y, prediction)
         evidence: list[Evidence] = []
         if _comparable(e, probe):
@@ -128,10 +134,7 @@ class Judge:
             evidence.append(paired_test(probe.losses, e.reference))
         if broken:
             lost = envelope.give_back(y)
-            message = (
-                f"held-out loss {y:.4g} is above its bound {bound:.4g}: {100 * lost:.0f} % of the progress from "
-                f"{envelope.start:.4g} to {envelope.best:.4g} is given back"
-            )
+            message = f"held-out loss {y:.4g} is above its bound {bound:.4g}: {_loss_of(lost, envelope)}"
             evidence.append(Evidence("envelope", lost, True, Guarantee.EXACT, message))
         elif gated and prediction is not None:
             off = (y - prediction.level) / prediction.deviation
@@ -141,12 +144,19 @@ class Judge:
             y=y,
             accepted=not broken and not gated,
             broken=broken,
-            strained=broken or (ledger.warm and y > line),
+            strained=broken or y > line,
             bound=bound,
             envelope=envelope,
             prediction=prediction,
             evidence=tuple(evidence),
         )
+
+    def _untrained(self, ledger: Ledger, m: Measurement) -> float:
+        """The bound during warm-up: none at its beginning, when early steps may overshoot, then the first probe's."""
+        if m.step - ledger.began < self._settings.warmup_steps:
+            return math.inf
+        errors = _UNTRAINED_ERRORS * ledger.standard_error
+        return ledger.start + max(_UNTRAINED_FRAC * abs(ledger.start), errors)
 
     @staticmethod
     def _expect_return(ledger: Ledger, m: Measurement, verdict: Verdict) -> tuple[Ledger, Verdict]:
@@ -247,9 +257,12 @@ class Judge:
             confirmed = growing or (episode.broken >= last and excess > 0.67 * episode.worst)
         if not confirmed:
             return ledger, verdict
+        where = (
+            "has left its bound" if verdict.broken else "stays above or moves away from its best level, below its bound"
+        )
         harm = (
-            f"the held-out loss {verdict.y:.4g} has left its best level {verdict.envelope.best:.4g} (bound "
-            f"{verdict.bound:.4g}) and {100 * min(give_back, 99.99):.0f} % of the progress is lost"
+            f"the held-out loss {verdict.y:.4g} {where} {verdict.bound:.4g} (best {verdict.envelope.best:.4g}): "
+            f"{_loss_of(give_back, verdict.envelope)}"
         )
         return ledger, verdict._replace(harm=harm)
 
@@ -305,6 +318,13 @@ class Judge:
         if progressed or age >= 10 * settings.warmup_steps:
             return ledger._replace(warm=True)
         return ledger
+
+
+def _loss_of(give_back: float, envelope: Envelope) -> str:
+    """What a share of the progress means, in words."""
+    if give_back > 1.0:
+        return f"it is worse than before training, when it was {envelope.start:.4g}"
+    return f"{100 * give_back:.0f} % of the progress from {envelope.start:.4g} to {envelope.best:.4g} is given back"
 
 
 def _comparable(e: Estimators, probe: ProbeReading) -> bool:

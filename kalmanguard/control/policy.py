@@ -27,6 +27,8 @@ from kalmanguard.records import (
 )
 from kalmanguard.settings import Settings
 
+#: Relapses after which a learning rate that was cut is not given back any more.
+_LASTING_RELAPSES = 2
 #: Dropped proposals in a row after which the state itself is not trusted any more.
 _VETOES = 8
 
@@ -136,10 +138,14 @@ class Policy:
         m: Measurement,
         harm: str,
         y: float,
+        bound: float,
         evidence: tuple[Evidence, ...],
         statistics: tuple[float, ...],
     ) -> Ruling | None:
-        """Roll back or halt; ``None`` when no state in the ring is better than the present ``y`` (nan: any is)."""
+        """Roll back or halt; ``None`` when no state in the ring is better than the present ``y`` (nan: any is).
+
+        States whose own probe lies within ``bound`` go first.
+        """
         slots = ledger.slots
         if is_restore(m):
             assert m.outcome is not None
@@ -151,7 +157,7 @@ class Policy:
             began = min(onset, ledger.ladder.onset) if ledger.ladder.score else onset
             target = _last_refuge(slots, began, ledger.standard_error)
         else:
-            target = _target(slots, onset, rung, y)
+            target = _target(slots, onset, rung, y, bound)
         if target is None and math.isfinite(y) and not is_restore(m):
             return None
         reason = f"Step {m.step}: {harm}; the state of step {target} is restored (rung {rung} of the ladder)."
@@ -159,8 +165,8 @@ class Policy:
             rung, reason = None, f"Step {m.step}: {harm}, and no state is left to restore."
         elif rung is None:
             reason = (
-                f"Step {m.step}: {harm}, and the rollback budget of {self._settings.rollback_budget} is spent; the "
-                f"best certified state, of step {target}, is restored and training halts."
+                f"Step {m.step}: {harm}, and the recovery ladder is exhausted after {ledger.ladder.rollbacks} "
+                f"rollbacks{_advice(m)}; the best certified state, of step {target}, is restored and training halts."
             )
         # States from after the onset are not trusted, whatever their probes said; nor are newer unprobed ones.
         kept = tuple(
@@ -201,6 +207,7 @@ class Policy:
                 ladder=ledger.ladder._replace(level=verdict.level),
             )
         release = self._recovered(ledger, m, verdict)
+        lasting = release and ledger.ladder.relapses >= _LASTING_RELAPSES
         if release:
             ledger = ledger._replace(mode=Mode.WATCHING)
         if ledger.mode is Mode.WATCHING and ledger.ladder.score and ledger.episode is None:
@@ -220,10 +227,16 @@ class Policy:
         action = Action.VETO if m.veto in ("nonfinite", "explosion") else Action.ACCEPT
         orders = Orders(
             snapshot=snapshot, certified=snapshot and verdict.accepted, certify=certify, evict=evict, gate=gate,
-            clip=clip, release=release,
+            clip=clip, release=release, lasting=lasting,
         )  # fmt: skip
+        reason = _reason(m, level, verdict, evidence)
+        if lasting:
+            reason += (
+                f" The run has recovered; its learning rate stays at {m.lr_factor:.2g} of what the loop asks for, "
+                f"since it has failed {ledger.ladder.relapses} times when it was given back."
+            )
         decision = Decision(
-            m.step, action, action, level, ledger.mode, _reason(m, level, verdict, evidence), evidence,
+            m.step, action, action, level, ledger.mode, reason, evidence,
             certificate=status(ledger), orders=orders, statistics=statistics,
         )  # fmt: skip
         return Ruling(ledger, decision)
@@ -292,17 +305,26 @@ def _gone(before: tuple[Slot, ...], after: tuple[Slot, ...]) -> tuple[int, ...]:
     return tuple(s.step for s in before if s.step not in kept)
 
 
-def _target(slots: tuple[Slot, ...], onset: int, rung: int, y: float) -> int | None:
+def _target(slots: tuple[Slot, ...], onset: int, rung: int, y: float, bound: float) -> int | None:
     """The state to roll back to: before the onset, older on higher rungs.
 
     A state whose own probe was no better than ``y``, the present one, is never restored: doing nothing is better.
     """
     better = [s for s in slots if not s.certified or not math.isfinite(y) or s.level < y]
+    # What was certified before there was progress may lie outside of what is allowed now.
+    better = [s for s in better if not s.certified or s.level <= bound] or better
     eligible = [s for s in better if s.step < onset and not s.suspect and (rung == 0 or s.certified)]
     if eligible:
         return eligible[max(0, len(eligible) - 1 - rung)].step
     fallback = min((s for s in better if s.certified), key=lambda s: (s.suspect, s.level), default=None)
     return fallback.step if fallback is not None else None
+
+
+def _advice(m: Measurement) -> str:
+    """What a run that fails again and again has most likely wrong."""
+    if m.lr_factor < 1.0:
+        return f", the last at {m.lr_factor:.2g} of the learning rate (so look at the data and the model first)"
+    return " (a learning rate that is too high fails again whenever it is given back)"
 
 
 def _last_refuge(slots: tuple[Slot, ...], began: int, standard_error: float) -> int | None:

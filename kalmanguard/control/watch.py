@@ -114,8 +114,11 @@ class Watch:
             every = min(every, _PROBATION_PROBES)
         # Warm-up ends with what its probes show, so it must not wait for a slow cadence.
         age = step - ledger.began
-        warming = not ledger.warm and age <= 2 * settings.warmup_steps and settings.probe_every is None
-        return min(every, _WARMUP_PROBES) if warming else every
+        if not ledger.warm and settings.probe_every is None:
+            # Once it lasts, at distances that grow with its age: no progress is a reason to look, too.
+            late = age > 2 * settings.warmup_steps
+            every = min(every, max(_WARMUP_PROBES, age // 4) if late else _WARMUP_PROBES)
+        return every
 
     def _detect(
         self, ledger: Ledger, innovations: tuple[Innovation | None, ...], m: Measurement

@@ -10,7 +10,7 @@ Layout of version 1, little-endian throughout. ``body`` is
 3. the reason, UTF-8;
 4. the tail, an ASCII JSON object, empty in an uneventful step: ``evidence`` (lists of detector, fired, guarantee,
    message, has p, has e), ``tampered``, ``veto``, ``certificate``, ``outcome``, ``slots``, ``certify``, ``evict``,
-   ``adopt``, ``findings`` (as ``evidence``).
+   ``adopt``, ``lasting``, ``findings`` (as ``evidence``).
 
 ``blob`` is float64: velocity, probe losses, and the decision's statistics in what is left.
 """
@@ -141,6 +141,8 @@ def _pack(m: Measurement, d: Decision, statistics: bytes | None) -> tuple[bytes,
         tail = {"certify": orders.certify, "evict": orders.evict}
     if orders.adopt:
         tail = {**(tail or {}), "adopt": True}
+    if orders.lasting:
+        tail = {**(tail or {}), "lasting": True}
     if d.evidence or m.tampered or m.findings or veto == OTHER or certificate == OTHER or m.outcome or m.costs:
         flags, values, rare = _rare(m, d, flags, veto, certificate)
         tail = rare if tail is None else tail | rare
@@ -274,6 +276,7 @@ def _unpack(body: bytes, blob: bytes) -> tuple[Measurement, Decision]:
             clip=bool(flags & CLIP),
             release=bool(flags & RELEASE),
             adopt=bool(tail.get("adopt", False)),
+            lasting=bool(tail.get("lasting", False)),
         ),
         statistics=tuple(unpack_statistics(body, blob).tolist()),
     )
