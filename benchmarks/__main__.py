@@ -16,6 +16,7 @@ from benchmarks.cost import Cost
 from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
 from benchmarks.markdown import insert
+from benchmarks.organic.benchmark import Organic
 from benchmarks.persistent import Persistent
 from benchmarks.probe_clock import ProbeClock
 from benchmarks.real_curves import RealCurves
@@ -27,6 +28,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Recovery(),
     Persistent(),
     Healthy(),
+    Organic(),
     RealCurves(),
     Cost(),
     Sketch(),

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from benchmarks.benchmark import Result
 from benchmarks.guards import Guard, make_guard
+from benchmarks.organic.plant import OrganicPlant
 from benchmarks.plants import Truth, make_plant
 from kalmanguard import FaultInjector
 
@@ -60,7 +61,12 @@ class Flight:
 
 
 def fly(flight: Flight) -> Result:
-    """Run it."""
+    """Run it.
+
+    Among the results: ``truth`` at the end of a step as trained, ``truth_judged`` after a guard put another state back,
+    ``truth_end`` of the state that the run leaves behind, and ``step_cpu_s``, the mean processor time of a step with
+    its guard, all threads together, without what is measured about it.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(flight.seed)
     started = time.perf_counter()
@@ -75,6 +81,9 @@ class _Loop:
         self.flight = flight
         self.plant = make_plant(flight.recipe, seed=flight.seed, steps=flight.steps)
         self.truth = Truth(self.plant)
+        self.judged: dict[int, float] = {}
+        self.gauges: dict[int, float] = {}
+        self.cpu_s = 0.0
         self.live = self.lost = 0
         self.live_at = {0: 0}
         self.rates: list[list[float]] = []
@@ -91,19 +100,30 @@ class _Loop:
         step = 0
         with injector.attach(plant.model, plant.optimizer):
             for step in range(1, flight.steps + 1):
+                started = time.process_time()
                 loss, seen = self._update(injector, guard, step)
+                self.cpu_s += time.process_time() - started
                 if step in wanted:
                     truth[step] = self.truth()
+                    self._gauge(step)
                 if step in kept:
                     held_out[step] = plant.held_out_loss()
+                started = time.process_time()
                 goes_on = guard.after(step, loss)
+                self.cpu_s += time.process_time() - started
                 self._reckon(guard.events[seen:], step)
+                if step in wanted and any(event["restored"] is not None for event in guard.events[seen:]):
+                    self.judged[step] = self.truth()
                 if not goes_on:
                     break
         return {
             "final": _finite(plant.held_out_loss()),
             "ended": step,
             "truth": [[t, _finite(y)] for t, y in truth.items()],
+            "truth_judged": [[t, _finite(y)] for t, y in self.judged.items()],
+            "truth_end": _finite(self.truth()) if flight.truth else None,
+            "gauge": [[t, _finite(y)] for t, y in self.gauges.items()],
+            "step_cpu_s": self.cpu_s / step if step else None,
             "held_out": [[t, _finite(y)] for t, y in held_out.items()],
             "events": [event for event in guard.events if event["kind"] != "clip"],
             "lost": self.lost,
@@ -141,6 +161,10 @@ class _Loop:
                 self.lost += self.live - before
                 self.live = before
         self.live_at[step] = self.live
+
+    def _gauge(self, step: int) -> None:
+        if isinstance(self.plant, OrganicPlant):
+            self.gauges[step] = self.plant.gauge()
 
     def _see_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.rates.append([float(group["lr"]) for group in optimizer.param_groups])

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.flight import Flight, give_back
 from benchmarks.markdown import number, spread, table
-from benchmarks.peers import arc_version
+from benchmarks.guards.peers import arc_version
 from benchmarks.pool import fly_all
 
 LONG = (

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.flight import Flight, give_back
 from benchmarks.markdown import counts, spread, table
-from benchmarks.peers import arc_version
+from benchmarks.guards.peers import arc_version
 from benchmarks.plants import fault_step
 from benchmarks.pool import fly_all
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.organic import SCENARIOS
 from kalmanguard.models import Plant, load_plant
 from kalmanguard.models.plant import untraced
 
@@ -32,7 +33,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_plant(recipe: str, *, seed: int, steps: int) -> Plant:
-    """Make the plant of a recipe; ``steps`` is the length of its schedule, where it has one."""
+    """Make the plant of a recipe or a scenario; ``steps`` is the length of its schedule, where it has one."""
+    if recipe in SCENARIOS:
+        return SCENARIOS[recipe].make(seed=seed, steps=steps)
     name, options = RECIPES[recipe]
     return load_plant(name)(seed=seed, steps=steps, **options)
 
