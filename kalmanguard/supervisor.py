@@ -313,7 +313,7 @@ class Supervisor:
         """
         loop = self._loop
         held = loop.actuator.ring.steps()
-        certified = [s.step for s in loop.state.ledger.slots if s.certified and not s.suspect and s.step in held]
+        certified = self._certified()
         target = step if step is not None else (certified[-1] if certified else None)
         if target is None or target not in held:
             wanted = "certified state" if step is None else f"snapshot of step {step}"
@@ -602,11 +602,9 @@ class Supervisor:
         loop.tap.close()
         loop.attached.close()
         try:
-            ledger, held = loop.state.ledger, loop.actuator.ring.steps()
-            certified = [s.step for s in ledger.slots if s.certified and not s.suspect and s.step in held]
             loop.journal.flush()
-            if certified and ledger.episode is None and ledger.mode is not Mode.HALTED:
-                loop.actuator.checkpoint(certified[-1], clean=True, force=True)
+            if loop.state.ledger.episode is None:
+                self._keep_last_certified()
             statistics = {k: v for k, v in self.statistics().items() if not isinstance(v, float) or math.isfinite(v)}
             loop.journal.close({"steps": loop.step, "statistics": statistics})
         except KalmanguardError as error:
@@ -621,8 +619,45 @@ class Supervisor:
         if error is None or isinstance(error, Intervention):
             self.close()
         else:
+            self._rescue(error)
             # The run died: its journal must read INCOMPLETE.
             self._abandon()
+
+    def _certified(self) -> list[int]:
+        held = self._loop.actuator.ring.steps()
+        return [s.step for s in self._loop.state.ledger.slots if s.certified and not s.suspect and s.step in held]
+
+    def _keep_last_certified(self) -> bool:
+        """Write the newest certified state to disk; whether there is one, and a place for it."""
+        certified = self._certified()
+        if not certified or self._loop.state.ledger.mode is Mode.HALTED:
+            return False
+        return self._loop.actuator.checkpoint(certified[-1], clean=True, force=True)
+
+    def _rescue(self, error: BaseException) -> None:
+        """The run dies of something else: make what is certified durable, and say what can be done, if anything."""
+        if self._closed:
+            return
+        loop = self._loop
+        try:
+            loop.journal.flush()
+            saved = self._keep_last_certified()
+        except Exception as fault:
+            saved = False
+            loop.incidents.report(loop.step, f"the last state was not saved: {type(fault).__name__}: {fault}", fault)
+        if not _is_out_of_memory(error):
+            return
+        certified = self._certified()
+        where = (
+            f"The state of step {certified[-1]} is certified and intact" if certified else "No state is certified yet"
+        )
+        if saved:
+            where += f", and in {self.run_dir}: Supervisor.resume continues from it"
+        error.add_note(
+            f"kalmanguard: memory ran out after step {loop.step}. {where}. Make the batch or the sequences smaller "
+            "(with more gradient accumulation), recompute activations, or give the snapshots less memory (snapshot_bytes, "
+            "snapshots_on='disk')."
+        )
 
     # -- inner matters -------------------------------------------------------------------------------------------
 
@@ -692,9 +727,13 @@ class Supervisor:
         loop.tap.bind()
         if loop.actuator.store is None:
             raise SnapshotError("A run without a run folder has no checkpoint to resume from.")
-        _, tree, meta = loop.actuator.store.load_last_clean()
+        step, tree, meta = loop.actuator.store.load_last_clean()
         loop.actuator.state.load_tree(tree, rng=True, schedule=True, data=self._rewindable)
         self.load_state_dict(meta)
+        # The checkpoint may be of an earlier step than the one it was written at: the filters go back with the state.
+        rewound = dict(statefile.load(meta["engine"]).saved).get(step)
+        if rewound is not None:
+            loop.state = loop.state._replace(estimators=rewound)
 
     def _abandon(self) -> None:
         self._closed = True
@@ -728,6 +767,13 @@ def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer
         if not isinstance(item, Optimizer):
             raise ConfigurationError(f"optimizer is a {type(item).__name__}; pass a torch.optim.Optimizer.")
     return optimizers
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On the host torch raises a plain RuntimeError.
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
 def _alive(own: weakref.ref[Supervisor]) -> Supervisor:

@@ -243,4 +243,3 @@ def _trace(case: Result) -> str:
     state = f"mode {case['mode']}, warm at {case['warm_at']}, probe every {case['probe_every']}"
     lines = [f"{case['name']}, seed {case['seed']}: {end}; {state}; saved {case['saved']}"]
     return "\n".join([*lines, *(f"    {word}" for word in case["words"])])
-

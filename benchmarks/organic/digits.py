@@ -118,9 +118,7 @@ class WeightDrift(_Classifier):
             )
         head = {"params": list(model[6].parameters()), "lr": 0.05}
         hidden = {"params": [*model[0].parameters(), *model[3].parameters()], "lr": 1.0}
-        super().__init__(
-            "weight drift", model, torch.optim.SGD([hidden, head], lr=1.0), seed=seed, batch_size=16
-        )
+        super().__init__("weight drift", model, torch.optim.SGD([hidden, head], lr=1.0), seed=seed, batch_size=16)
 
     def gauge(self) -> float:
         return float(torch.cat([weight.flatten() for weight in self._weights()[:2]]).norm())
