@@ -654,9 +654,9 @@ class Supervisor:
         if saved:
             where += f", and in {self.run_dir}: Supervisor.resume continues from it"
         error.add_note(
-            f"kalmanguard: memory ran out after step {loop.step}. {where}. Make the batch or the sequences smaller "
-            "(with more gradient accumulation), recompute activations, or give the snapshots less memory (snapshot_bytes, "
-            "snapshots_on='disk')."
+            f"kalmanguard: memory ran out after step {loop.step}. {where}. Make the batch or the sequences "
+            "smaller (with more gradient accumulation), recompute activations, or give the snapshots less memory "
+            "(snapshot_bytes, snapshots_on='disk')."
         )
 
     # -- inner matters -------------------------------------------------------------------------------------------
