@@ -48,11 +48,13 @@ class Watch:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._on = frozenset(settings.detectors)
         self._tails = tuple(
             TailTest(channel, threshold=settings.suspicion, rate=_TAIL_RATE, two_sided=channel in ("gain", "buffers"))
+            if channel in self._on
+            else None
             for channel in CHANNELS
         )
-        self._on = frozenset(settings.detectors)
         self._dynamics = Dynamics(settings.detectors)
         self._drift = DriftTest(run_length=settings.run_length)
         self._excursion = LearningRateExcursion()
@@ -62,7 +64,6 @@ class Watch:
     ) -> tuple[Ledger, tuple[Evidence, ...], DriftResult | None]:
         """Run all detectors on one step; ``largest_gradient`` is from before it."""
         tails, channels = ledger.tails, innovations.channels
-        ledger = ledger._replace(recent=(*ledger.recent[1 - _RECENT :], channels))
         evidence, ledger, drift = self._detect(ledger, channels, m)
         if not evidence:
             return ledger, evidence, drift
@@ -132,9 +133,10 @@ class Watch:
         rate = now if ledger.rate == 0.0 else ledger.rate + _RATE_GAIN * (now - ledger.rate)
         if warm:
             for index, innovation in enumerate(innovations):
-                if innovation is None or CHANNELS[index] not in self._on:
+                test = self._tails[index]
+                if innovation is None or test is None:
                     continue
-                tail, evidence = self._tails[index].step(tails[index], innovation)
+                tail, evidence = test.step(tails[index], innovation)
                 # One episode counts once: a shift that lasts must not raise the threshold at every step.
                 if tail is not tails[index] and (evidence is None or ledger.episode is None):
                     tails = (*tails[:index], tail, *tails[index + 1 :])
@@ -169,6 +171,7 @@ class Watch:
             tuple(found),
             ledger._replace(
                 heard=heard,
+                recent=(*ledger.recent[1 - _RECENT :], innovations),
                 dynamics=dynamics,
                 tails=tails,
                 drift=drift_state,
