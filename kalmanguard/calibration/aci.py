@@ -11,6 +11,8 @@ from kalmanguard.calibration.conformal import smallest_rank
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import FloatArray
 
+_GAMMA = 0.005
+
 
 class ACIState(NamedTuple):
     """The working level ``alpha``, which may leave [0, 1] by at most one step, and the steps and exceedances so far."""
@@ -45,7 +47,8 @@ class AdaptiveConformal:
     target
         Rate of exceedances that is aimed at.
     gamma
-        Step size: large values follow a change sooner, small ones are steadier.
+        Step size: large values follow a change sooner, small ones are steadier. By default 0.005, but at most half of
+        the target: above the target a single exceedance makes the threshold infinite for ``gamma / target`` steps.
 
     Raises
     ------
@@ -74,12 +77,13 @@ class AdaptiveConformal:
     True
     """
 
-    def __init__(self, scores: FloatArray, *, target: float, gamma: float = 0.005) -> None:
+    def __init__(self, scores: FloatArray, *, target: float, gamma: float | None = None) -> None:
         known = np.sort(np.asarray(scores, dtype=np.float64).ravel())
         if known.size == 0 or math.isnan(known[-1]):
             raise ConfigurationError("Calibration scores are needed, at least one and without nan.")
         if not 0.0 < target < 1.0:
             raise ConfigurationError(f"target = {target} is outside (0, 1).")
+        gamma = min(_GAMMA, target / 2.0) if gamma is None else gamma
         if not 0.0 < gamma < math.inf:
             raise ConfigurationError(f"gamma = {gamma} is not positive and finite.")
         self._scores: list[float] = known.tolist()

@@ -12,6 +12,8 @@ from kalmanguard.records import FloatArray
 
 #: Rounding of a level such as 0.999, which is no binary fraction, must not cost a rank.
 _ROUNDING = 1e-9
+#: Largest scores that show how scores beyond a high threshold cluster in runs.
+_SEEN = 20
 
 
 def smallest_rank(level: float, n: int) -> int:
@@ -136,8 +138,8 @@ def hierarchical_threshold(runs: Sequence[FloatArray], level: float) -> float:
     k = len(runs)
     if smallest_rank(level, k) > k:
         raise ConfigurationError(
-            f"{k} runs support levels up to {highest_level(k):.4g}, not {level:g}: {_needed(level)} are needed, however "
-            "many steps each has."
+            f"{k} runs support levels up to {highest_level(k):.4g}, not {level:g}: {_needed(level)} are needed, "
+            "however many steps each has."
         )
     return _weighted_quantile(runs, (k + 1) * level)
 
@@ -155,7 +157,8 @@ def pooled_threshold(runs: Sequence[FloatArray], level: float) -> tuple[float, f
     Returns
     -------
     threshold, effective_size
-        The effective size is the number of steps over the design effect (`design_effect`) of exceeding the threshold.
+        The effective size is the number of steps over the design effect (`design_effect`) of reaching the threshold, or
+        the 20th largest score where that is larger.
 
     Raises
     ------
@@ -175,7 +178,10 @@ def pooled_threshold(runs: Sequence[FloatArray], level: float) -> tuple[float, f
     steps = min(map(len, runs))
     chosen = [evenly_spaced(scores, steps) for scores in runs]
     threshold = split_threshold(np.concatenate(chosen), level)
-    size = len(runs) * steps / design_effect([scores > threshold for scores in chosen])
+    # So few scores reach a high threshold that how they cluster is seen further down.
+    tail = np.partition(np.concatenate(chosen), -min(_SEEN, len(chosen) * steps))[-min(_SEEN, len(chosen) * steps)]
+    effect = max(design_effect([scores >= at for scores in chosen]) for at in (threshold, min(tail, threshold)))
+    size = len(runs) * steps / effect
     if smallest_rank(level, math.floor(size)) > size:
         raise ConfigurationError(
             f"{len(runs) * steps:,} steps of {len(runs)} runs depend on one another so much that they are worth "

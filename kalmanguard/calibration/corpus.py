@@ -139,7 +139,7 @@ class Corpus:
             The file cannot be read, is no corpus of this version, or does not match its own digest.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 head: dict[str, Any] = json.loads(bytes(file["head"]).decode())
                 if head["format"] != _FORMAT:
                     raise ValueError(f"it has format {head['format']}, this version reads {_FORMAT}")

@@ -10,13 +10,16 @@ from typing import Literal, Self, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kalmanguard.calibration.conformal import hierarchical_threshold, pooled_threshold, smallest_rank
+from kalmanguard.calibration.conformal import hierarchical_threshold, pooled_threshold
 from kalmanguard.calibration.corpus import Corpus
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import Guarantee
 
-#: Levels that are fitted where the corpus supports them; the last is one exceedance in 6,667 steps, the tail tests' rate.
+#: Levels that are fitted where the corpus supports them; the last is one step in 6,667, the tail tests' rate.
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999, 0.99985)
+#: The exact threshold takes the new run for infinite, and covers up to 1 / (K + 1) more than it should; it is fitted
+#: where that is at most one part in so many of the share that may exceed.
+_MARGIN = 2.0
 _PACKAGE, _DEFAULT = "kalmanguard.models", ("calibration", "default.json")
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -76,8 +79,8 @@ class Calibration(BaseModel):
     >>> calibration = fit(Corpus(("loss",), tuple(runs)))
     >>> 1.2 < calibration.threshold("loss", 0.9) < 1.5
     True
-    >>> [(q.level, q.method) for q in calibration.channels["loss"]][3:5]
-    [(0.95, 'hierarchical'), (0.99, 'pooled')]
+    >>> [(q.level, q.method) for q in calibration.channels["loss"]][2:4]
+    [(0.9, 'hierarchical'), (0.95, 'pooled')]
     """
 
     model_config = _FROZEN
@@ -154,7 +157,8 @@ class Calibration(BaseModel):
         for level in levels:
             found = [next((q for q in qs if q.level == level), None) for qs in self.channels.values()]
             cells = [
-                "–" if q is None else f"{q.threshold:.2f}{'' if q.guarantee is Guarantee.EXACT else ' *'}" for q in found
+                "–" if q is None else f"{q.threshold:.2f}{'' if q.guarantee is Guarantee.EXACT else ' *'}"
+                for q in found
             ]
             lines.append(f"| {level:g} | " + " | ".join(cells) + " |")
         lines += ["", *(f"- {channel}: {text}" for channel, texts in self.refused.items() for text in texts)]
@@ -165,23 +169,24 @@ class Calibration(BaseModel):
 _MEANING = (
     "## What it means",
     "",
-    "EXACT: if the runs and a new one are exchangeable (drawn in the same way from the same sources), a step of the new "
-    "run that is drawn at random stays below the threshold with at least that probability. How the steps of a run depend "
-    "on one another does not matter.",
+    "EXACT: if the runs and a new one are exchangeable (drawn in the same way from the same sources), a step of the "
+    "new run that is drawn at random stays below the threshold with at least that probability. How the steps of a run "
+    "depend on one another does not matter.",
     "",
-    "ASYMPTOTIC: beyond what the number of runs supports exactly, thresholds come from pooled steps: right in the limit "
-    "of many runs.",
+    "ASYMPTOTIC: for levels that ask for more runs than there are, thresholds come from pooled steps: right in the "
+    "limit of many runs.",
     "",
-    "Neither holds for a given run or a given step, nor for training that is unlike these sources: calibrate on healthy "
-    "runs of your own (`kalmanguard calibrate RUN...`).",
+    "Neither holds for a given run or a given step, nor for training that is unlike these sources: calibrate on "
+    "healthy runs of your own (`kalmanguard calibrate RUN...`).",
 )
 
 
 def fit(corpus: Corpus, *, levels: Sequence[float] = LEVELS, command: str = "") -> Calibration:
-    """Fit thresholds of all channels: hierarchical where the number of runs supports a level, else of pooled steps.
+    """Fit thresholds of all channels: hierarchical where there are runs enough, else of pooled steps.
 
-    Levels that not even pooled steps support are left out, with a sentence in `Calibration.refused`. A pooled threshold
-    is never below the one of the level before.
+    Enough are K runs with ``(K + 1) (1 - level) >= 2``; with fewer, `hierarchical_threshold` is close to the largest
+    score that was ever seen. Levels that not even pooled steps support are left out, with a sentence in
+    `Calibration.refused`. No threshold is below that of the level before.
 
     Parameters
     ----------
@@ -207,7 +212,7 @@ def fit(corpus: Corpus, *, levels: Sequence[float] = LEVELS, command: str = "") 
         found: list[Quantile] = []
         missing: list[str] = []
         for level in sorted(set(levels)):
-            exact = smallest_rank(level, len(runs)) <= len(runs)
+            exact = (len(runs) + 1) * (1.0 - level) >= _MARGIN
             try:
                 if exact:
                     threshold, size = hierarchical_threshold(runs, level), float(len(runs))

@@ -57,7 +57,8 @@ def calibrate(
     card: Annotated[Path | None, typer.Option(help="Its card. [default: beside it, with suffix .md]")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Write the scores there as well, as an npz file.")] = None,
     level: Annotated[
-        list[float] | None, typer.Option(help="A level, in (0, 1); may be given several times. [default: 0.5 to 0.99985]")
+        list[float] | None,
+        typer.Option(help="A level, in (0, 1); may be given several times. [default: 0.5 to 0.99985]"),
     ] = None,
     unhealthy: Annotated[bool, typer.Option(help="Also take runs with vetoes, confirmations or a halt.")] = False,
     target_rate: Annotated[
@@ -220,7 +221,10 @@ def _tell(people: Console, calibration: Calibration, refused: list[str], out: Pa
         found = [next((q for q in qs if q.level == level), None) for qs in calibration.channels.values()]
         table.add_row(
             f"{level:g}",
-            *("-" if q is None else f"{number(q.threshold, 3)}{' ' if q.method == 'hierarchical' else '*'}" for q in found),
+            *(
+                "-" if q is None else f"{number(q.threshold, 3)}{' ' if q.method == 'hierarchical' else '*'}"
+                for q in found
+            ),
         )
     people.print(table)
     people.print("\n* from pooled steps: right in the limit of many runs; the others are exact for runs drawn alike.")
@@ -260,6 +264,6 @@ def _tell_certified(
         )
     else:
         people.print(
-            f"\nCertified: {name} = {values[result.chosen]:g} keeps the rate of {what} at or below {result.target:g}, at "
-            f"confidence {1 - result.delta:g}, for runs drawn like these {result.runs:,}."
+            f"\nCertified: {name} = {values[result.chosen]:g} keeps the rate of {what} at or below {result.target:g}, "
+            f"at confidence {1 - result.delta:g}, for runs drawn like these {result.runs:,}."
         )

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from kalmanguard.errors import ConfigurationError, JournalError
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 #: Fixed, since what is measured from timings would make the same run another one elsewhere.
 _PROBE_EXAMPLES, _SNAPSHOT_EVERY = 128, 100
 
