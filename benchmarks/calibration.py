@@ -76,7 +76,7 @@ class CalibrationBenchmark(Benchmark):
                 _train(names, later, steps, place, options.processes),
                 _train(strangers, later[:5], steps, place, options.processes),
             ]
-            known, _ = read_runs([sortie.folder for sortie in groups[0]])
+            known = read_runs([sortie.folder for sortie in groups[0]]).corpus
             # Every held-out run counts, also one that an alarm would make unhealthy.
             new = _corpus(groups[1], known.channels)
             strange = _corpus(groups[2], known.channels)
@@ -107,15 +107,15 @@ class CalibrationBenchmark(Benchmark):
             f"runs ({held_steps:,} steps) of the same sources with seeds from {_HELD_OUT_FROM} on.",
             "**Coverage on held-out runs.** *All steps*: share of the steps below the threshold, every run weighing "
             "the same, with the 95 % interval over runs (Student; steps of a run are not independent). *One step a "
-            "run*: how many of the runs are below at one step drawn at random, with the exact binomial range in which 95 % "
-            "of such counts lie if coverage is nominal. `*`: from pooled steps.",
+            "run*: how many of the runs are below at one step drawn at random, with the exact binomial range in which "
+            "95 % of such counts lie if coverage is nominal. `*`: from pooled steps.",
             _coverage_table(result["coverage"]),
             _outside(result["coverage"]),
             f"**Methods**, over {result['splits']} random halvings of all these runs, which makes the halves "
             "exchangeable by construction. Coverage of all steps of the other half, mean ± standard deviation over "
-            "halvings, all channels but `buffers` (few runs have any) together. *One a run*: split-conformal on one random step a "
-            "run. *Hierarchical*: all steps, runs as the unit. *Pooled*: equally many steps of every run. –: not "
-            "supported by so many runs.",
+            "halvings, all channels but `buffers` (few runs have any) together. *One a run*: split-conformal on one "
+            "random step a run. *Hierarchical*: all steps, runs as the unit. *Pooled*: equally many steps of every "
+            "run. –: not supported by so many runs.",
             table(
                 ["level", "one a run", "hierarchical", "pooled"],
                 [[_percent(row["level"]), *(_spread(row[m]) for m in _METHODS)] for row in result["methods"]],
@@ -144,8 +144,8 @@ class CalibrationBenchmark(Benchmark):
             ),
             "**Exchangeability**, rejections at 5 %. *Between runs*: one random step of each calibrated run and then "
             "of each held-out run, as ranks, the sources in turn; repeated with other steps (repetitions share the "
-            "runs). *Within a run*: conformal p-values of its steps in order, the first 400 (for the permutation test 120, "
-            "evenly spaced over the run).",
+            "runs). *Within a run*: conformal p-values of its steps in order, the first 400 (for the permutation test "
+            "120, evenly spaced over the run).",
             table(
                 ["what", "tests", "permutation test", "jumper martingale"],
                 [[r["what"], r["tests"], r["permutation"], r["martingale"]] for r in result["exchangeability"]],

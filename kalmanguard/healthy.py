@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,9 +43,10 @@ def read_run(path: str | Path, *, unhealthy: bool = False) -> RunScores:
     Raises
     ------
     UnhealthyRun
-        The journal shows a veto, a confirmation, a rollback, a halt, a value that is not finite, or was not closed.
+        The journal shows a veto, a confirmation, a rollback, a halt, a value that is not finite, or was not closed;
+        faults were injected; or the run ended in its warm-up.
     JournalError
-        There is no journal that can be read, its chain is broken, or it has no scores.
+        There is no journal that can be read, its chain is broken, or it keeps no innovations.
     """
     with JournalReader(path) as reader:
         reader.check_chain()
@@ -75,29 +77,49 @@ def read_run(path: str | Path, *, unhealthy: bool = False) -> RunScores:
                 "nevertheless."
             )
         if not rows:
-            raise JournalError(f"The run {path} ended in its warm-up of {warmup} steps: there is nothing to learn.")
+            raise UnhealthyRun(f"The run {path} ended in its warm-up of {warmup} steps: there is nothing to learn.")
         source, seed = _provenance(facts, reader.header)
         version = str(reader.header.get("environment", {}).get("kalmanguard", "unknown"))
         return RunScores(source, seed, steps, settings_digest(reader.header), version, reader.head, _scores(rows))
 
 
-def read_runs(paths: list[Path], *, unhealthy: bool = False) -> tuple[Corpus, list[str]]:
-    """Read many runs into a corpus; those that are not healthy are left out, with a sentence each.
+class Reading(NamedTuple):
+    """The corpus, the folder of each of its runs, and a sentence about each run that was left out."""
+
+    corpus: Corpus
+    paths: tuple[Path, ...]
+    refused: tuple[str, ...]
+
+
+def read_runs(paths: Sequence[Path], *, unhealthy: bool = False) -> Reading:
+    """Read many runs into a corpus; those that are not healthy, or are there already, are left out.
 
     Raises
     ------
     ConfigurationError
         No healthy run is left.
+    JournalError
+        A path holds no journal that can be read.
     """
-    runs, refused = [], []
+    runs: dict[str, tuple[RunScores, Path]] = {}
+    refused = []
     for path in paths:
         try:
-            runs.append(read_run(path, unhealthy=unhealthy))
+            run = read_run(path, unhealthy=unhealthy)
         except UnhealthyRun as error:
             refused.append(str(error))
+            continue
+        if run.journal in runs:
+            refused.append(f"The run {path} is the same as {runs[run.journal][1]}, and counts once.")
+        else:
+            runs[run.journal] = run, path
     if not runs:
         raise ConfigurationError(" ".join(["No healthy run is left to calibrate on.", *refused[:3]]))
-    return Corpus(CHANNELS, tuple(runs)), refused
+    return Reading(
+        Corpus(CHANNELS, tuple(run for run, _ in runs.values())),
+        tuple(path for _, path in runs.values()),
+        tuple(refused),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -469,9 +469,10 @@ def test_runs_that_are_not_healthy_are_refused_with_a_sentence(folders: list[Pat
         assert read_run(broken, unhealthy=True).source == "MLP with 26,122 parameters"
     finally:
         (broken / "elsewhere.json").rename(broken / "run.json")
-    corpus, refused = read_runs([*folders, broken])
+    corpus, paths, refused = read_runs([*folders, broken, folders[2]])
     assert len(corpus.runs) == 6
-    assert len(refused) == 1
+    assert list(paths) == folders
+    assert [("faults" in text, "counts once" in text) for text in refused] == [(True, False), (False, True)]
     with pytest.raises(ConfigurationError, match="No healthy run is left"):
         read_runs([broken])
     with pytest.raises(JournalError):
@@ -513,6 +514,10 @@ def test_calibrate_on_own_runs(folders: list[Path], broken: Path, tmp_path: Path
     assert [source.source for source in calibration.sources] == ["mlp", "mlp:batch_size=8"]
     assert calibration.corpus == Corpus.load(corpus).digest
     assert (tmp_path / "own.md").read_text(encoding="utf-8") == calibration.card()
+    assert call(*folders, "--out", out).exit_code == 0  # an older calibration is written over, other files are not
+    (tmp_path / "own.md").write_text("my notes")
+    assert call(*folders, "--out", out).exit_code == 2
+    assert (tmp_path / "own.md").read_text() == "my notes"
 
 
 def test_calibrate_trains_plants(folders: list[Path], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
@@ -91,7 +91,7 @@ def calibrate(
 
     - 2: wrong input, or no healthy run
     """
-    from kalmanguard.calibration.risk import parse_candidates
+    from kalmanguard.calibration.risk import certify, parse_candidates
     from kalmanguard.calibration.thresholds import LEVELS, fit
     from kalmanguard.cli.fleet import fly, parse_seeds, plan, pool
     from kalmanguard.healthy import read_runs
@@ -102,6 +102,9 @@ def calibrate(
     if target_rate is not None and not (0 < target_rate < 1 and 0 < delta < 1):
         raise ConfigurationError(f"--target-rate {target_rate} and --delta {delta} must lie between 0 and 1.")
     candidates = parse_candidates(vary)
+    card = card or out.with_suffix(".md")
+    _keep_what_is_foreign(out, '"format"')
+    _keep_what_is_foreign(card, "# Calibration")
     with ExitStack() as stack:
         mapped = stack.enter_context(pool(processes))
         if plants:
@@ -114,27 +117,29 @@ def calibrate(
             command = f"kalmanguard calibrate --plants {plants} --seeds {seeds} --steps {steps}"
         else:
             folders, command = list(runs or ()), f"kalmanguard calibrate RUN... ({len(runs or ()):,} runs)"
-        found, refused = read_runs(folders, unhealthy=unhealthy)
-        calibration = fit(found, levels=level or LEVELS, command=command)
+        found = read_runs(folders, unhealthy=unhealthy)
+        calibration = fit(found.corpus, levels=level or LEVELS, command=command)
         certified = None
         if target_rate is not None:
-            healthy = [path for path in folders if not any(str(path) in text for text in refused)]
-            losses, unseen = _losses(people, mapped, healthy, candidates, event)
-            from kalmanguard.calibration.risk import certify
-
+            losses, unseen = _losses(people, mapped, found.paths, candidates, event)
             certified = certify(losses, target=target_rate, delta=delta), unseen
     calibration.save(out)
-    card = card or out.with_suffix(".md")
     card.write_text(calibration.card(), encoding="utf-8")
     if corpus is not None:
-        found.save(corpus)
+        found.corpus.save(corpus)
     if as_json:
-        emit(_report(calibration, refused, out, card, candidates, certified))
+        emit(_report(calibration, found.refused, out, card, candidates, certified))
     else:
-        _tell(people, calibration, refused, out, card)
+        _tell(people, calibration, found.refused, out, card)
         if certified is not None:
             _tell_certified(people, candidates, event, *certified)
     raise typer.Exit(int(certified is not None and certified[0].chosen is None))
+
+
+def _keep_what_is_foreign(path: Path, mark: str) -> None:
+    """Write over an older file of the same kind only."""
+    if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace")[:100]:
+        raise ConfigurationError(f"{path} exists and is not what would be written there: choose another name.")
 
 
 def _through(
@@ -152,7 +157,7 @@ def _longest_first(sorties: list[Sortie]) -> list[Sortie]:
 def _losses(
     people: Console,
     mapped: Callable[..., Any],
-    folders: list[Path],
+    folders: Sequence[Path],
     candidates: tuple[str, tuple[float | int, ...]],
     event: Event,
 ) -> tuple[Any, int]:
@@ -179,7 +184,7 @@ def _replay(name: str, job: tuple[Path, float | int]) -> Any:
 
 def _report(
     calibration: Calibration,
-    refused: list[str],
+    refused: tuple[str, ...],
     out: Path,
     card: Path,
     candidates: tuple[str, tuple[float | int, ...]],
@@ -209,7 +214,7 @@ def _report(
     return report
 
 
-def _tell(people: Console, calibration: Calibration, refused: list[str], out: Path, card: Path) -> None:
+def _tell(people: Console, calibration: Calibration, refused: tuple[str, ...], out: Path, card: Path) -> None:
     for text in refused:
         people.print(Text(f"Left out: {text}", style="yellow"), soft_wrap=True)
     people.print(f"{calibration.runs:,} healthy runs, {calibration.steps:,} steps after warm-up\n")
