@@ -259,7 +259,9 @@ def _tell_certified(
     people.print()
     people.print(table)
     if unseen:
-        people.print(Text(f"{unseen:,} replays asked for probes that were not taken: counted as alarms.", "yellow"))
+        # What such a probe would have shown is not known; whether a step was suspicious is.
+        counted = "counted as alarms" if event is Event.ROLLBACK else "which may change what follows them"
+        people.print(Text(f"{unseen:,} replays asked for probes that were not taken: {counted}.", "yellow"))
     if result.chosen is None:
         needed = runs_needed(result.target, delta=result.delta)
         people.print(
