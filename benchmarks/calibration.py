@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binom, binomtest, rankdata
 from scipy.stats import t as student
 
@@ -29,6 +30,8 @@ from kalmanguard.calibration.corpus import Corpus, RunScores
 from kalmanguard.calibration.exchangeability import conformal_p_values, martingale_test, permutation_p_value
 from kalmanguard.calibration.thresholds import LEVELS, Calibration, fit, thresholds
 from kalmanguard.cli.fleet import Sortie, fly, plan, pool
+from kalmanguard.cli.plants import make_plant
+from kalmanguard.cli.training import Lane
 from kalmanguard.detectors.drift import RATES, DriftState, DriftTest
 from kalmanguard.detectors.tail import TailState, TailTest
 from kalmanguard.errors import ConfigurationError
@@ -48,6 +51,13 @@ STRANGERS = ("mlp:batch_size=2", "mlp:schedule=warm-restarts", "cnn:optimizer=sg
 _STEPS, _HELD_OUT_FROM, _PROBE_EVERY = 800, 100, 10
 _SHOWN = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 _RATE = 1.5e-4
+#: Faults that are mild enough for thresholds to matter, on plants of the default calibration.
+_FAULT_STEP, _FAULT_STEPS, _SOON = 149, 170, 10
+FAULTS = (
+    *("lr_spike:3@149:steps=5", "lr_spike:10@149:steps=5", "gradient_scale:3@149", "gradient_scale:10@149"),
+    *("garbage_batch@149", "moments_zeroed@149"),
+)
+_FAULTY = ("mlp", "mlp:batch_size=8", "cnn")
 _TESTED = ("loss", "gradient", "gain", "trajectory")
 _Scores = list[FloatArray]
 
@@ -81,6 +91,7 @@ class CalibrationBenchmark(Benchmark):
             new = _corpus(groups[1], known.channels)
             strange = _corpus(groups[2], known.channels)
             raw = [_raw_innovations(sortie.folder) for sortie in groups[1]]
+            faults = {fault: _broken(fault, 2 if options.quick else 5, place, known.channels) for fault in FAULTS}
         calibration = fit(known)
         splits = 10 if options.quick else 100
         return {
@@ -95,6 +106,7 @@ class CalibrationBenchmark(Benchmark):
             "exchangeability": _exchangeability(known, new, raw, repeats=5 if options.quick else 20),
             "suspicions": [*_suspicions(calibration, new, ""), *_suspicions(calibration, strange, "unknown: ")],
             "tail": thresholds(calibration, _RATE),
+            "detection": [_detection(fault, calibration, broken) for fault, broken in faults.items()],
             "run_length": _run_lengths(quick=options.quick),
         }
 
@@ -161,6 +173,12 @@ class CalibrationBenchmark(Benchmark):
                     [r["source"], r["runs"], f"{r['steps']:,}", *(_rate(r[k], r["steps"]) for k in _CHOICES)]
                     for r in result["suspicions"]
                 ],
+            ),
+            f"**Detection** with the same thresholds: runs in which a tail test fires within {_SOON} steps of a mild "
+            "fault; the supervisor only observes.",
+            table(
+                ["fault", "runs", "at 8", "calibrated", "floor 6"],
+                [[f"`{r['fault']}`", r["runs"], *(r[k] for k in _CHOICES)] for r in result["detection"]],
             ),
             "**Run length to a false drift alarm** (Shiryaev-Roberts), mean over simulations with its 95 % interval. "
             "*Edge*: independent bets of mean zero, the edge of the null hypothesis, bounded by 1 in size; the "
@@ -363,14 +381,40 @@ def _tested(what: str, sequences: _Scores) -> Result:
     return {"what": what, "tests": len(sequences), "permutation": int(permutation), "martingale": int(martingale)}
 
 
+def _choices(calibration: Calibration, channels: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    common = dict.fromkeys(channels, Settings().suspicion)
+    own = common | thresholds(calibration, _RATE)
+    return {"8": common, "own": own, "floor": {channel: max(6.0, value) for channel, value in own.items()}}
+
+
+def _broken(fault: str, seeds: int, place: Path, channels: tuple[str, ...]) -> Corpus:
+    """Train runs with a fault, in observe mode."""
+    runs = []
+    later = range(_HELD_OUT_FROM, _HELD_OUT_FROM + seeds)
+    for sortie in plan(",".join(_FAULTY), seeds=later, steps=_FAULT_STEPS, probe_every=_PROBE_EVERY, folder=place):
+        folder = sortie.folder.with_name(f"{sortie.folder.name}-{fault}")
+        if not folder.exists():
+            options = {"seed": sortie.seed, "steps": sortie.steps, **dict(sortie.options)}
+            settings = Settings(mode="observe", probe_examples=128, probe_every=_PROBE_EVERY)
+            plant, seed = make_plant(sortie.plant, options), sortie.seed
+            with Lane(sortie.plant, plant, faults=[fault], seed=seed, settings=settings, run_dir=folder) as lane:
+                for _ in range(sortie.steps):
+                    lane.advance()
+        runs.append(read_run(folder, unhealthy=True))
+    return Corpus(channels, tuple(runs))
+
+
+def _detection(fault: str, calibration: Calibration, broken: Corpus) -> Result:
+    row: Result = {"fault": fault, "runs": len(broken.runs)}
+    # Scores begin after warm-up and end with the run.
+    for key, chosen in _choices(calibration, broken.channels).items():
+        fired = [_fired(run, broken.channels, chosen)[_FAULT_STEP - 1 - run.steps :] for run in broken.runs]
+        row[key] = sum(bool(one[:_SOON].any()) for one in fired)
+    return row
+
+
 def _suspicions(calibration: Calibration, corpus: Corpus, prefix: str) -> list[Result]:
-    common = Settings().suspicion
-    own = {channel: common for channel in corpus.channels} | thresholds(calibration, _RATE)
-    choices = {
-        "8": {channel: common for channel in corpus.channels},
-        "own": own,
-        "floor": {channel: max(6.0, value) for channel, value in own.items()},
-    }
+    choices = _choices(calibration, corpus.channels)
     groups: dict[str, list[RunScores]] = defaultdict(list)
     for run in corpus.runs:
         groups[f"{prefix}{run.source}"].append(run)
@@ -379,14 +423,17 @@ def _suspicions(calibration: Calibration, corpus: Corpus, prefix: str) -> list[R
             "source": source,
             "runs": len(runs),
             "steps": sum(len(run.scores) for run in runs),
-            **{key: sum(_fired(run, corpus.channels, chosen) for run in runs) for key, chosen in choices.items()},
+            **{
+                key: sum(int(_fired(run, corpus.channels, chosen).sum()) for run in runs)
+                for key, chosen in choices.items()
+            },
         }
         for source, runs in groups.items()
     ]
 
 
-def _fired(run: RunScores, channels: tuple[str, ...], chosen: dict[str, float]) -> int:
-    """Count the steps of a run at which any tail test fires."""
+def _fired(run: RunScores, channels: tuple[str, ...], chosen: dict[str, float]) -> NDArray[np.bool_]:
+    """Say of each step of a run whether any tail test fires there."""
     fired = np.zeros(len(run.scores), dtype=bool)
     for column, channel in enumerate(channels):
         test, state = TailTest(channel, threshold=chosen[channel], rate=_RATE), TailState()
@@ -394,7 +441,7 @@ def _fired(run: RunScores, channels: tuple[str, ...], chosen: dict[str, float]) 
             if not math.isnan(score):
                 state, evidence = test.step(state, Innovation(channel, score, 1.0))
                 fired[index] |= evidence is not None
-    return int(fired.sum())
+    return fired
 
 
 def _run_lengths(*, quick: bool) -> list[Result]:
