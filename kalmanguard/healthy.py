@@ -25,7 +25,15 @@ TWO_SIDED = ("gain", "buffers")
 
 
 class UnhealthyRun(ConfigurationError):  # noqa: N818 - said of a run, not of the program
-    """A run that a calibration must not be fitted on, with the reason."""
+    """A run that a calibration must not be fitted on, with the reason.
+
+    ``alarm`` says whether the reason is what the supervisor said or did, which in a run that was healthy all the same
+    is a false alarm; else the run is no healthy one, or shows nothing.
+    """
+
+    def __init__(self, message: str, *, alarm: bool = False) -> None:
+        super().__init__(message)
+        self.alarm = alarm
 
 
 def read_run(path: str | Path, *, unhealthy: bool = False) -> RunScores:
@@ -74,7 +82,8 @@ def read_run(path: str | Path, *, unhealthy: bool = False) -> RunScores:
             more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise UnhealthyRun(
                 f"The run {path} is no healthy one ({problems[0]}{more}): leave it out, or say that it is healthy "
-                "nevertheless."
+                "nevertheless.",
+                alarm=reader.complete and not facts.get("faults"),
             )
         if not rows:
             raise UnhealthyRun(f"The run {path} ended in its warm-up of {warmup} steps: there is nothing to learn.")
@@ -84,11 +93,16 @@ def read_run(path: str | Path, *, unhealthy: bool = False) -> RunScores:
 
 
 class Reading(NamedTuple):
-    """The corpus, the folder of each of its runs, and a sentence about each run that was left out."""
+    """The corpus, the folder of each of its runs, and a sentence about each run that was left out.
+
+    ``alarmed`` are those of the latter that were left out for what the supervisor said or did: a rate of false alarms
+    must be counted with them.
+    """
 
     corpus: Corpus
     paths: tuple[Path, ...]
     refused: tuple[str, ...]
+    alarmed: tuple[Path, ...]
 
 
 def read_runs(paths: Sequence[Path], *, unhealthy: bool = False) -> Reading:
@@ -102,12 +116,14 @@ def read_runs(paths: Sequence[Path], *, unhealthy: bool = False) -> Reading:
         A path holds no journal that can be read.
     """
     runs: dict[str, tuple[RunScores, Path]] = {}
-    refused = []
+    refused, alarmed = [], []
     for path in paths:
         try:
             run = read_run(path, unhealthy=unhealthy)
         except UnhealthyRun as error:
             refused.append(str(error))
+            if error.alarm:
+                alarmed.append(path)
             continue
         if run.journal in runs:
             refused.append(f"The run {path} is the same as {runs[run.journal][1]}, and counts once.")
@@ -119,6 +135,7 @@ def read_runs(paths: Sequence[Path], *, unhealthy: bool = False) -> Reading:
         Corpus(CHANNELS, tuple(run for run, _ in runs.values())),
         tuple(path for _, path in runs.values()),
         tuple(refused),
+        tuple(alarmed),
     )
 
 

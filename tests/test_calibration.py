@@ -467,9 +467,13 @@ def test_runs_that_are_not_healthy_are_refused_with_a_sentence(folders: list[Pat
         with pytest.raises(UnhealthyRun, match=r"step 40: an update was dropped \(nonfinite\)"):
             read_run(broken)
         assert read_run(broken, unhealthy=True).source == "MLP with 26,122 parameters"
+        assert read_runs([*folders, broken]).alarmed == (broken,)  # nobody says that it was not healthy
+        options = ["--out", broken.parent / "c.json", "--vary", "suspicion=8", "--target-rate", "0.6", "--json"]
+        assert json.loads(call(*folders, broken, *options).stdout)["certified"]["runs"] == 7
     finally:
         (broken / "elsewhere.json").rename(broken / "run.json")
-    corpus, paths, refused = read_runs([*folders, broken, folders[2]])
+    corpus, paths, refused, alarmed = read_runs([*folders, broken, folders[2]])
+    assert alarmed == ()
     assert len(corpus.runs) == 6
     assert list(paths) == folders
     assert [("faults" in text, "counts once" in text) for text in refused] == [(True, False), (False, True)]

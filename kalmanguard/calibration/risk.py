@@ -67,8 +67,7 @@ def certify(losses: FloatArray, *, target: float, delta: float) -> Certification
 
     References
     ----------
-    Angelopoulos, Bates, Candes, Jordan, Lei, "Learn then test", Annals of Applied Statistics 2025, proposition 1 and
-    section 2.2.
+    Angelopoulos, Bates, Candes, Jordan, Lei, "Learn then test", arXiv 2110.01052, theorem 1 and proposition 2.
 
     Examples
     --------

@@ -101,17 +101,17 @@ def calibrate(
         raise ConfigurationError("Name run folders, or plants to train with --plants: one of the two.")
     if target_rate is not None and not (0 < target_rate < 1 and 0 < delta < 1):
         raise ConfigurationError(f"--target-rate {target_rate} and --delta {delta} must lie between 0 and 1.")
-    candidates = parse_candidates(vary)
+    candidates, range_of_seeds = parse_candidates(vary), parse_seeds(seeds)
     card = card or out.with_suffix(".md")
     _keep_what_is_foreign(out, '"format"')
     _keep_what_is_foreign(card, "# Calibration")
     with ExitStack() as stack:
-        mapped = stack.enter_context(pool(processes))
+        mapped = stack.enter_context(pool(processes if plants or target_rate is not None else 1))
         if plants:
             place = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kalmanguard-")))
             # What a candidate asks of a step must have been measured there: then a probe at every step is needed.
             probe_every = 10 if target_rate is None else 1
-            sorties = plan(plants, seeds=parse_seeds(seeds), steps=steps, probe_every=probe_every, folder=place)
+            sorties = plan(plants, seeds=range_of_seeds, steps=steps, probe_every=probe_every, folder=place)
             folders: list[Path] = _through(people, "training", mapped, fly, _longest_first(sorties))
             folders = [sortie.folder for sortie in sorties]
             command = f"kalmanguard calibrate --plants {plants} --seeds {seeds} --steps {steps}"
@@ -121,7 +121,8 @@ def calibrate(
         calibration = fit(found.corpus, levels=level or LEVELS, command=command)
         certified = None
         if target_rate is not None:
-            losses, unseen = _losses(people, mapped, found.paths, candidates, event)
+            # Without the runs that were left out for an alarm, false alarms would be left out of their own rate.
+            losses, unseen = _losses(people, mapped, (*found.paths, *found.alarmed), candidates, event)
             certified = certify(losses, target=target_rate, delta=delta), unseen
     calibration.save(out)
     card.write_text(calibration.card(), encoding="utf-8")
