@@ -23,6 +23,7 @@ from kalmanguard import Settings
 from kalmanguard.calibration import conformal, load, risk
 from kalmanguard.calibration import thresholds as calibrations
 from kalmanguard.calibration.aci import ACIState, AdaptiveConformal
+from kalmanguard.calibration.card import card
 from kalmanguard.calibration.corpus import Corpus, RunScores
 from kalmanguard.calibration.exchangeability import conformal_p_values, martingale_test, permutation_p_value
 from kalmanguard.cli.app import app
@@ -371,6 +372,13 @@ def test_levels_that_runs_support_are_exact_and_others_say_what_they_rest_on() -
         calibration.threshold("speed", 0.9)
 
 
+def test_infinite_scores_leave_a_level_out() -> None:
+    scores = np.array([*range(95), *[math.inf] * 5], dtype=np.float64)
+    calibration = calibrations.fit(Corpus(("loss",), tuple(run_of(scores[:, None]) for _ in range(30))))
+    assert [q.level for q in calibration.channels["loss"]] == [0.5, 0.8, 0.9]
+    assert "infinite" in calibration.refused["loss"][0]
+
+
 def test_a_calibration_is_a_file_without_dates_and_comes_back(tmp_path: Path) -> None:
     for name in ("one.json", "other.json"):
         small().save(tmp_path / name)
@@ -402,7 +410,7 @@ def test_a_calibration_that_is_none_is_refused(change: Any, words: str, tmp_path
 def test_the_shipped_calibration_is_complete_and_so_is_its_card() -> None:
     calibration = load("default")
     assert set(calibration.channels) == set(CHANNELS)
-    assert calibration.card() == (MODELS / "CARD.md").read_text(encoding="utf-8")
+    assert card(calibration) == (MODELS / "CARD.md").read_text(encoding="utf-8")
     assert "kalmanguard calibrate --plants" in calibration.command
     limits = calibrations.thresholds(calibration, 1.5e-4)
     assert limits
@@ -517,7 +525,7 @@ def test_calibrate_on_own_runs(folders: list[Path], broken: Path, tmp_path: Path
     assert calibration.runs == 6
     assert [source.source for source in calibration.sources] == ["mlp", "mlp:batch_size=8"]
     assert calibration.corpus == Corpus.load(corpus).digest
-    assert (tmp_path / "own.md").read_text(encoding="utf-8") == calibration.card()
+    assert (tmp_path / "own.md").read_text(encoding="utf-8") == card(calibration)
     assert call(*folders, "--out", out).exit_code == 0  # an older calibration is written over, other files are not
     (tmp_path / "own.md").write_text("my notes")
     assert call(*folders, "--out", out).exit_code == 2

@@ -1,8 +1,9 @@
-"""A calibration: thresholds by channel and level with what stands behind each, as a JSON file and as a card."""
+"""A calibration: thresholds by channel and level with what stands behind each, as a JSON file."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,52 +135,6 @@ class Calibration(BaseModel):
         draft.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         os.replace(draft, path)
 
-    def card(self) -> str:
-        """A model card in Markdown: what it was fitted on, the thresholds, what is guaranteed and what is not."""
-        lines = ["# Calibration of the tail tests", ""]
-        if self.command:
-            lines += ["Made by", "", "```console", self.command, "```", ""]
-        lines += [
-            f"Fitted on {self.runs:,} healthy runs, {self.steps:,} steps after warm-up (package "
-            f"{', '.join(self.version)}; settings {', '.join(s[:12] for s in self.settings)}; scores "
-            f"{self.corpus[:12]}).",
-            "",
-            "| source | runs | steps | seeds |",
-            "| --- | --: | --: | --- |",
-            *(f"| `{s.source}` | {s.runs} | {s.steps:,} | {_ranges(s.seeds)} |" for s in self.sources),
-            "",
-            "Thresholds, in standard deviations of the normalised innovation (its magnitude for `gain` and `buffers`); "
-            "`*`: ASYMPTOTIC, from pooled steps, the others EXACT.",
-            "",
-        ]
-        levels = sorted({q.level for quantiles in self.channels.values() for q in quantiles})
-        lines += ["| level | " + " | ".join(self.channels) + " |", "| ---" + " | --:" * len(self.channels) + " |"]
-        for level in levels:
-            found = [next((q for q in qs if q.level == level), None) for qs in self.channels.values()]
-            cells = [
-                "–" if q is None else f"{q.threshold:.2f}{'' if q.guarantee is Guarantee.EXACT else ' *'}"
-                for q in found
-            ]
-            lines.append(f"| {level:g} | " + " | ".join(cells) + " |")
-        lines += ["", *(f"- {channel}: {text}" for channel, texts in self.refused.items() for text in texts)]
-        lines += ["", *_MEANING]
-        return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
-
-
-_MEANING = (
-    "## What it means",
-    "",
-    "EXACT: if the runs and a new one are exchangeable (drawn in the same way from the same sources), a step of the "
-    "new run that is drawn at random stays below the threshold with at least that probability. How the steps of a run "
-    "depend on one another does not matter.",
-    "",
-    "ASYMPTOTIC: for levels that ask for more runs than there are, thresholds come from pooled steps: right in the "
-    "limit of many runs.",
-    "",
-    "Neither holds for a given run or a given step, nor for training that is unlike these sources: calibrate on "
-    "healthy runs of your own (`kalmanguard calibrate RUN...`).",
-)
-
 
 def fit(corpus: Corpus, *, levels: Sequence[float] = LEVELS, command: str = "") -> Calibration:
     """Fit thresholds of all channels: hierarchical where there are runs enough, else of pooled steps.
@@ -195,7 +150,7 @@ def fit(corpus: Corpus, *, levels: Sequence[float] = LEVELS, command: str = "") 
     levels
         Coverages that are wanted, each in (0, 1).
     command
-        What is being run, for the card.
+        What is being run, for the record.
 
     Raises
     ------
@@ -222,6 +177,9 @@ def fit(corpus: Corpus, *, levels: Sequence[float] = LEVELS, command: str = "") 
                 if not 0.0 < level < 1.0:
                     raise
                 missing.append(f"level {level:g}: {error}")
+                continue
+            if not math.isfinite(threshold):
+                missing.append(f"level {level:g}: more scores are infinite than may exceed the threshold")
                 continue
             found.append(
                 Quantile(
@@ -343,13 +301,3 @@ def _sources(corpus: Corpus) -> tuple[Source, ...]:
         seeds = tuple(sorted(run.seed for run in runs if run.seed is not None))
         found.append(Source(source=name, runs=len(runs), steps=sum(len(run.scores) for run in runs), seeds=seeds))
     return tuple(found)
-
-
-def _ranges(seeds: Sequence[int]) -> str:
-    parts: list[list[int]] = []
-    for seed in seeds:
-        if parts and seed == parts[-1][-1] + 1:
-            parts[-1].append(seed)
-        else:
-            parts.append([seed])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts) or "unknown"

@@ -91,6 +91,7 @@ def calibrate(
 
     - 2: wrong input, or no healthy run
     """
+    from kalmanguard.calibration.card import card as describe
     from kalmanguard.calibration.risk import certify, parse_candidates
     from kalmanguard.calibration.thresholds import LEVELS, fit
     from kalmanguard.cli.fleet import fly, parse_seeds, plan, pool
@@ -125,7 +126,7 @@ def calibrate(
             losses, unseen = _losses(people, mapped, (*found.paths, *found.alarmed), candidates, event)
             certified = certify(losses, target=target_rate, delta=delta), unseen
     calibration.save(out)
-    card.write_text(calibration.card(), encoding="utf-8")
+    card.write_text(describe(calibration), encoding="utf-8")
     if corpus is not None:
         found.corpus.save(corpus)
     if as_json:
