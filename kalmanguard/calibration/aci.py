@@ -60,7 +60,7 @@ class AdaptiveConformal:
     Guarantee: EXACT for the long-run rate on any sequence of scores, chosen by an adversary or not:
     ``|exceeded / T - target| <= (max(alpha_1, 1 - alpha_1) + gamma) / (gamma T)`` (`bound`). It says nothing about a
     single step, and under a lasting fault the threshold follows the fault: what it decides must be capped elsewhere.
-    Cost: 1 us.
+    Cost: a few operations on floats.
 
     References
     ----------

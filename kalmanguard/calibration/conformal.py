@@ -52,7 +52,7 @@ def split_threshold(scores: FloatArray, level: float) -> float:
     -----
     Guarantee: EXACT for exchangeable scores, marginally over calibration and the next score; at most
     ``level + 1 / (n + 1)`` without ties. Steps of one run are not exchangeable: choose one a run (`one_per_run`), or
-    expect what `pooled_threshold` says. Cost: 2 ms, and 1.5 s once to import MAPIE.
+    expect what `pooled_threshold` says. Cost: a sort; MAPIE takes long to import, once.
 
     References
     ----------
