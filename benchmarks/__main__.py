@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.benchmark import Benchmark, Result
+from benchmarks.calibration import CalibrationBenchmark as Calibration
 from benchmarks.cost import Cost
 from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
@@ -29,6 +30,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Persistent(),
     Healthy(),
     Organic(),
+    Calibration(),
     RealCurves(),
     Cost(),
     Sketch(),
@@ -37,7 +39,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Journal(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
-_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1}
+_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kalmanguard.cli.calibrate import calibrate
 from kalmanguard.cli.demo import demo
 from kalmanguard.cli.replay import replay
 from kalmanguard.cli.run import run
@@ -42,5 +43,5 @@ def top(
     """
 
 
-for command in (demo, run, show, verify, replay):
+for command in (demo, run, show, verify, replay, calibrate):
     app.command(cls=Command)(command)
