@@ -1,4 +1,4 @@
-"""Data quality from how examples were learned: which labels training contradicts, and what share of them it supports."""
+"""Data quality from how examples were learned: which labels training contradicts, what share of them it supports."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def sample_quality(
             "(checks, examples), at least one of each, the same for both."
         )
     marked = np.asarray(list(indicators), dtype=np.intp)
-    if marked.size and not (0 <= marked.min() and marked.max() < table.shape[1]):
+    if marked.size and not (marked.min() >= 0 and marked.max() < table.shape[1]):
         raise ConfigurationError(f"indicators name examples outside 0 to {table.shape[1] - 1}.")
     table = _sound(table)
     if len(table) < _CHECKS:
@@ -134,7 +134,9 @@ def sample_quality(
         message = "The model has not learned from these examples, so its word on their labels is worth nothing."
         return DataQuality(None, message, used)
     if used < _CHECKS:
-        return DataQuality(None, f"The loss was lowest at check {used}; at least {_CHECKS} until then are needed.", used)
+        return DataQuality(
+            None, f"The loss was lowest at check {used}; at least {_CHECKS} until then are needed.", used
+        )
     evidence = untrained - table if margins is None else np.where(np.isfinite(other), other, np.nan)
     return _judged(evidence[:used], marked)
 
