@@ -276,8 +276,12 @@ class StepScale:
     weight_decay: float
 
     @classmethod
-    def of(cls, surface: LossSurface, optimizer: Optimizer) -> StepScale | None:
+    def of(cls, surface: LossSurface, optimizer: Optimizer, *, floor_frac: float = 0.0) -> StepScale | None:
         """Read an optimizer; ``None`` where an Adam has not taken a step yet.
+
+        With ``floor_frac`` no entry of Adam's denominator counts as less than this share of the root mean square of its
+        parameter's: entries that hardly ever see a gradient (rare tokens) then do not decide what the largest
+        eigenvalue is.
 
         Raises
         ------
@@ -295,7 +299,7 @@ class StepScale:
             edges.append(_adam_edge(group) if adam else _sgd_edge(group))
             coupled = not (isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False))
             for p in group["params"]:
-                rate = _adam_rate(optimizer, group, p) if adam else _sgd_rate(group)
+                rate = _adam_rate(optimizer, group, p, floor_frac) if adam else _sgd_rate(group)
                 if rate is None:
                     if p.requires_grad:
                         return None
@@ -342,13 +346,15 @@ def _sgd_edge(group: dict[str, Any]) -> float:
     return 2.0 * (1.0 + beta) / (1.0 + 2.0 * beta if group["nesterov"] else 1.0)
 
 
-def _adam_rate(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor | None:
+def _adam_rate(optimizer: Optimizer, group: dict[str, Any], p: Tensor, floor_frac: float) -> Tensor | None:
     state = optimizer.state.get(p, {})
     moment = state.get("max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
     if moment is None:
         return None
     correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
     deviation = (moment.double() / correction).sqrt()
+    if floor_frac:
+        deviation = deviation.clamp(min=floor_frac * deviation.square().mean().sqrt())
     rate: Tensor = float(group["lr"]) / (deviation + float(group["eps"]))
     return rate
 

@@ -19,6 +19,8 @@ from kalmanguard.sensors.surface import LossSurface
 
 #: Readings that are compared with, and fewest of them.
 _MEMORY, _FEWEST = 20, 3
+#: Least share of its parameter's root mean square that an entry of Adam's denominator counts as.
+_FLOOR_FRAC = 0.01
 #: Failures in a row after which it gives up.
 _FAILURES = 3
 
@@ -147,7 +149,7 @@ class CurvatureMonitor:
         self._surface = None
 
     def _ratio(self, surface: LossSurface) -> float | None:
-        step = StepScale.of(surface, self._optimizer)
+        step = StepScale.of(surface, self._optimizer, floor_frac=_FLOOR_FRAC)
         if step is None:
             return None
         options = {} if step.uniform else {"scale": step.scale, "decay": step.decay}

@@ -44,7 +44,9 @@ class LossSurface:
     Works on views or copies of the parameters, so that values, gradients, buffers, modes and random streams of the
     model are bitwise as before. Models in half precision are evaluated in float32, with copies of parameters and
     buffers in that type. Attention uses its mathematical form and recurrent layers no cuDNN, since the fast kernels
-    cannot be differentiated twice; sums may differ from training in the last digits.
+    cannot be differentiated twice; sums may differ from training in the last digits. Other operations without a second
+    derivative are refused when a product is asked for, but for custom ones marked ``once_differentiable``: torch leaves
+    their part out without a word, and so does the product.
     """
 
     def __init__(
