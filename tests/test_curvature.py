@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
-from torch.nn.functional import cross_entropy, grid_sample, mse_loss, one_hot
+from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 from kalmanguard.actuators.actions import ElasticAnchor
 from kalmanguard.errors import ConfigurationError
@@ -131,18 +131,32 @@ def test_half_precision_is_evaluated_in_float32() -> None:
     assert net[0].weight.dtype is torch.bfloat16
 
 
-class Warp(nn.Linear):
-    """Samples from a grid, which has a first derivative only."""
+class Bag(nn.Module):
+    """Takes the maximum over embeddings, which has a first derivative only."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        image = torch.arange(16.0).view(1, 1, 4, 4).square().expand(len(x), 1, 4, 4)
-        return grid_sample(image, super().forward(x)[:, None, None].tanh(), align_corners=True).flatten(1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.read = nn.EmbeddingBag(5, 3, mode="max"), nn.Linear(3, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.read(self.embed(tokens) ** 2)
+
+
+def test_sparse_gradients_count_like_dense_ones() -> None:
+    batch = (torch.tensor([0, 2, 2, 4]), torch.randn(4, 1))
+    products = []
+    for sparse in (False, True):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Tanh(), nn.Linear(3, 1))
+        surface = LossSurface(net, mse_loss, [batch])
+        products.append(surface.hessian_product(torch.ones(surface.size)))
+    torch.testing.assert_close(*products)
 
 
 def test_what_cannot_work_is_refused_with_a_sentence() -> None:
     x, y = torch.randn(4, 2), torch.randn(4, 1)
     with pytest.raises(ConfigurationError, match="differentiated twice"):
-        sharpness(Warp(2, 2), mse_loss, (x, y))
+        sharpness(Bag(), mse_loss, (torch.randint(5, (4, 2)), y))
     with pytest.raises(ConfigurationError, match="trainable"):
         sharpness(nn.Linear(2, 1).requires_grad_(False), mse_loss, (x, y))
     with pytest.raises(ConfigurationError, match="complex"):
@@ -153,7 +167,7 @@ def test_what_cannot_work_is_refused_with_a_sentence() -> None:
         sharpness(nn.Linear(2, 1), mse_loss, [])
     with pytest.raises(ConfigurationError, match="samples"):
         hessian_trace(nn.Linear(2, 1), mse_loss, (x, y), samples=1)
-    with pytest.raises(ConfigurationError, match="module"):
+    with pytest.raises(ConfigurationError, match="Module"):
         sharpness("model", mse_loss, (x, y))  # type: ignore[arg-type]
 
 

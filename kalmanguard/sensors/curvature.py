@@ -241,15 +241,16 @@ def sharpness(
     (4.0, 0.5)
     """
     surface = surface_of(model, loss_fn, batch, evaluation)
-    options = {"iterations": iterations, "tolerance": tolerance, "seed": seed}
-    plain = extreme_eigenvalues(surface, **options)  # type: ignore[arg-type]
+    plain = extreme_eigenvalues(surface, iterations=iterations, tolerance=tolerance, seed=seed)
     step = None if optimizer is None else StepScale.of(surface, optimizer)
     if step is None:
         return Sharpness(plain.highest, plain.residual)
     if step.uniform:
         effective = step.rate * (plain.highest + step.weight_decay)
     else:
-        scaled = extreme_eigenvalues(surface, scale=step.scale, decay=step.decay, **options)  # type: ignore[arg-type]
+        scaled = extreme_eigenvalues(
+            surface, iterations=iterations, tolerance=tolerance, seed=seed, scale=step.scale, decay=step.decay
+        )
         effective = scaled.highest
     return Sharpness(plain.highest, plain.residual, effective, step.edge, effective / step.edge)
 
@@ -314,18 +315,18 @@ class StepScale:
         numbers = {rate for rate in chosen if not isinstance(rate, Tensor)}
         kinds = {decays[id(p)] for p in parameters}
         uniform = len(numbers) == 1 and len(kinds) == 1 and not any(isinstance(rate, Tensor) for rate in chosen)
-        place = {"dtype": surface.dtype, "device": surface.device}
-        whole = [torch.full((p.numel(),), decays[id(p)], **place) for p in parameters]  # type: ignore[call-overload]
-        flat = [
-            rate.detach().reshape(-1).to(**place)  # type: ignore[call-overload]
-            if isinstance(rate, Tensor)
-            else torch.full((p.numel(),), rate, **place)  # type: ignore[call-overload]
-            for p, rate in zip(parameters, chosen, strict=True)
-        ]
+        whole = [_spread(decays[id(p)], p, surface) for p in parameters]
+        flat = [_spread(rate, p, surface) for p, rate in zip(parameters, chosen, strict=True)]
         return cls(
             torch.cat(flat).sqrt(), torch.cat(whole), min(edges), uniform, numbers.pop() if uniform else math.nan,
             kinds.pop() if uniform else math.nan,
         )  # fmt: skip
+
+
+def _spread(value: Tensor | float, p: Tensor, surface: LossSurface) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().reshape(-1).to(surface.device, surface.dtype)
+    return torch.full((p.numel(),), value, dtype=surface.dtype, device=surface.device)
 
 
 def require_known(optimizer: Optimizer) -> None:

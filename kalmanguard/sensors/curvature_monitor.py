@@ -152,6 +152,7 @@ class CurvatureMonitor:
         step = StepScale.of(surface, self._optimizer, floor_frac=_FLOOR_FRAC)
         if step is None:
             return None
-        options = {} if step.uniform else {"scale": step.scale, "decay": step.decay}
-        top = extreme_eigenvalues(surface, iterations=self._iterations, seed=self._seed, **options).highest
-        return (step.rate * (top + step.weight_decay) if step.uniform else top) / step.edge
+        scale, decay = (None, None) if step.uniform else (step.scale, step.decay)
+        found = extreme_eigenvalues(surface, iterations=self._iterations, seed=self._seed, scale=scale, decay=decay)
+        effective = step.rate * (found.highest + step.weight_decay) if step.uniform else found.highest
+        return effective / step.edge
