@@ -37,7 +37,8 @@ class Attributor:
 
     Notes
     -----
-    A batch is referred to, not copied, until the first one of the next step is seen.
+    A batch is referred to, not copied, until the first one of the next step is seen. Of a step with more than 16
+    batches none is attributed by itself.
     """
 
     def __init__(self, losses: BatchLoss, ring: Ring) -> None:
@@ -87,31 +88,37 @@ class Attributor:
         known = batch is None or any(batch is one for one in self._batches)
         if known and self.result is not None and self.result.step == self._step:
             return self.result
+        try:
+            found = self._judged(state, batch)
+        except Exception as fault:
+            message = f"The states could not be read: {type(fault).__name__}: {fault}"
+            found = AttributionResult(Cause.ABSTAIN, message, self._loss)
+        self.result = replace(found, step=self._step)
+        return self.result
+
+    def _judged(self, state: EngineState, batch: Any) -> AttributionResult:
         batches = self._batches if batch is None else [batch]
+        before = self._before()
+        message = None
         if not batches or (batch is None and self._too_many):
             message = (
                 "The batch is not known: pass it to update(loss, batch=...), iterate over supervisor.batches(loader), "
                 "or call attribute(batch)."
             )
-            found = AttributionResult(Cause.ABSTAIN, message, self._loss)
-        elif self._moved and not self._braced:
+        elif self._moved and before is None:
             message = "The state was restored since that step; know the batch before: update(loss, batch=...)."
-            found = AttributionResult(Cause.ABSTAIN, message, self._loss)
         elif _distributed():
             message = "In a distributed run no rank evaluates on its own."
-            found = AttributionResult(Cause.ABSTAIN, message, self._loss)
-        else:
-            before = self._before()
-            # The state that the loss was reported on is the better one, where it was captured.
-            present = None if before is None else _tensors(before)
-            found = attribute(
-                self._loss,
-                self._usual,
-                evaluate=partial(self._losses.mean, batches, present),
-                certified=self._certified(state, batches),
-            )
-        self.result = replace(found, step=self._step)
-        return self.result
+        if message is not None:
+            return AttributionResult(Cause.ABSTAIN, message, self._loss)
+        # The state that the loss was reported on is the better one, where it was captured.
+        present = None if before is None else _tensors(before)
+        return attribute(
+            self._loss,
+            self._usual,
+            evaluate=partial(self._losses.mean, batches, present),
+            certified=self._certified(state, batches),
+        )
 
     def _before(self) -> Slot | None:
         """The state from right before the latest step's update, if it was captured then."""

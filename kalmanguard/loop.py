@@ -11,6 +11,7 @@ from typing import Any
 
 from kalmanguard.actuators.actuator import Actuator
 from kalmanguard.attribution import Attributor
+from kalmanguard.detectors.attribution import Cause
 from kalmanguard.detectors.excursion import RATIO
 from kalmanguard.engine import Engine, EngineState
 from kalmanguard.errors import JournalError, RestoreFailed, SnapshotError
@@ -119,7 +120,8 @@ class Loop:
     def _attribute(self) -> None:
         """Before anything is restored: what explains the loss must be asked of the state that it was seen on."""
         found = self.attributor.attribute(self.state)
-        self.events.append((self.step, found.message))
+        if found.cause is not Cause.ABSTAIN:
+            self.events.append((self.step, found.message))
         self._journal(self.journal.record, "note", self.step, {"cause": found.cause.value, "text": found.message})
 
     def _count(self, decision: Decision) -> None:

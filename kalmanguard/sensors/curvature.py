@@ -353,7 +353,8 @@ def _adam_rate(optimizer: Optimizer, group: dict[str, Any], p: Tensor, floor_fra
     if moment is None:
         return None
     correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
-    deviation = (moment.double() / correction).sqrt()
+    wide = moment if moment.dtype is torch.float64 else moment.float()
+    deviation = (wide / correction).sqrt()
     if floor_frac:
         deviation = deviation.clamp(min=floor_frac * deviation.square().mean().sqrt())
     rate: Tensor = float(group["lr"]) / (deviation + float(group["eps"]))

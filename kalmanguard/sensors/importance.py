@@ -210,12 +210,13 @@ def gradient_entropy(model: nn.Module) -> GradientEntropy:
             continue
         largest = wide.abs().amax()
         squares = (wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)).square_()
-        rows.append(torch.stack([largest, squares.sum(), torch.special.entr(squares).sum()]).double().to(p.device))
+        rows.append(torch.stack([largest, squares.sum(), torch.special.entr(squares).sum()]))
         names.append(name)
         counts.append(p.numel())
     if not rows:
         return GradientEntropy(math.nan, {})
-    table = torch.stack([row.to(rows[0].device) for row in rows]).cpu().tolist()
+    widest = torch.float64 if any(row.dtype is torch.float64 for row in rows) else torch.float32
+    table = torch.stack([row.to(rows[0].device, widest) for row in rows]).cpu().tolist()
     by_name = {
         name: _normalised(mass, spread, count)
         for name, (_, mass, spread), count in zip(names, table, counts, strict=True)

@@ -27,7 +27,8 @@ class BatchLoss:
     Notes
     -----
     Parameters, buffers (BatchNorm statistics included) and random streams are bitwise as before, and no gradient is
-    touched. Dropout draws other masks than in training, but the same ones in every evaluation from one random state.
+    touched; what a module keeps elsewhere is not put back. Dropout draws other masks than in training, but the same
+    ones in every evaluation from one random state.
     Cost: one forward pass, copies of the buffers, and of the parameters where others are lent.
     """
 

@@ -191,7 +191,8 @@ class LossSurface:
                 stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(torch.set_grad_enabled(differentiate))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=self.device.type != "cuda"))
+            if self.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in self.model.modules()):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in self.model.modules()):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
