@@ -99,7 +99,7 @@ def sample_signals(
     Notes
     -----
     Guarantee: EXACT up to rounding, in the sense of the formulas. No autograd graph is made or kept. One copy to the
-    host, at the end. Cost: some ten passes over the logits, without the model; see ``docs/diagnostics.md``.
+    host, at the end. Cost: some ten passes over the logits, a small piece at a time.
 
     Examples
     --------
