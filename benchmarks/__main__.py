@@ -14,6 +14,7 @@ import torch
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.calibration import CalibrationBenchmark as Calibration
 from benchmarks.cost import Cost
+from benchmarks.data_quality import DataQualityBenchmark as DataQuality
 from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
 from benchmarks.markdown import insert
@@ -37,6 +38,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     ProbeClock(),
     Snapshots(),
     Journal(),
+    DataQuality(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
 _WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}

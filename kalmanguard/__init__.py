@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kalmanguard.detectors.attribution import AttributionResult, Cause, attribute
     from kalmanguard.engine import Engine
     from kalmanguard.errors import (
         BindError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from kalmanguard.faults import FaultInjector
     from kalmanguard.records import Action, Decision, Evidence, Guarantee, Level, Measurement, Mode, ProbeReading
+    from kalmanguard.sensors.samples import SampleSignals, sample_signals
     from kalmanguard.settings import Settings
     from kalmanguard.supervisor import Supervisor
 
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Action",
+    "AttributionResult",
     "BindError",
+    "Cause",
     "ConfigurationError",
     "Decision",
     "Engine",
@@ -47,15 +51,19 @@ __all__ = [
     "PauseIntervention",
     "ProbeReading",
     "RollbackIntervention",
+    "SampleSignals",
     "Settings",
     "SnapshotError",
     "Supervisor",
     "TrainingHalted",
     "VetoIntervention",
     "__version__",
+    "attribute",
+    "sample_signals",
 ]
 
 _HOMES = {
+    "detectors.attribution": ("AttributionResult", "Cause", "attribute"),
     "engine": ("Engine",),
     "errors": (
         "BindError",
@@ -71,6 +79,7 @@ _HOMES = {
     ),
     "faults": ("FaultInjector",),
     "records": ("Action", "Decision", "Evidence", "Guarantee", "Level", "Measurement", "Mode", "ProbeReading"),
+    "sensors.samples": ("SampleSignals", "sample_signals"),
     "settings": ("Settings",),
     "supervisor": ("Supervisor",),
 }

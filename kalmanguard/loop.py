@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kalmanguard.actuators.actuator import Actuator
+from kalmanguard.attribution import Attributor
+from kalmanguard.detectors.attribution import Cause
 from kalmanguard.detectors.excursion import RATIO
 from kalmanguard.engine import Engine, EngineState
 from kalmanguard.errors import JournalError, RestoreFailed, SnapshotError
@@ -60,9 +62,11 @@ class Loop:
         actuator: Actuator,
         journal: JournalWriter,
         incidents: Incidents,
+        attributor: Attributor,
     ) -> None:
         self.settings, self.probe, self.tap, self.suite = settings, probe, tap, suite
         self.actuator, self.journal, self.incidents = actuator, journal, incidents
+        self.attributor = attributor
         self.engine = Engine(settings)
         self.state: EngineState = self.engine.init()
         self.step = self._started_at = 0
@@ -98,6 +102,7 @@ class Loop:
             self._snapshot_failed = False
         if self.actuator.ring.braced == self.step - 1:
             measurement = dataclasses.replace(measurement, braced=True)
+        self.attributor.saw(self.step, measurement.loss, self.state.estimators.loss)
         foresight = self.engine.observe(self.state, measurement)
         reading = None
         if foresight.wants_probe:
@@ -107,6 +112,8 @@ class Loop:
         if not self.protects and decision.proposed is not Action.ACCEPT:
             decision = dataclasses.replace(decision, action=Action.ACCEPT)
         self._record(measurement, decision)
+        if self.attributor.wanted(decision, self.state):
+            self._attribute()
         if self.protects:
             decision = self._act(decision)
         self.last = decision
@@ -115,6 +122,13 @@ class Loop:
         if decision.level in (Level.SUSPECT, Level.CONFIRMED):
             self._count(decision)
         return decision
+
+    def _attribute(self) -> None:
+        """Before anything is restored: what explains the loss must be asked of the state that it was seen on."""
+        found = self.attributor.attribute(self.state)
+        if found.cause is not Cause.ABSTAIN:
+            self.events.append((self.step, found.message))
+        self._journal(self.journal.record, "note", self.step, {"cause": found.cause.value, "text": found.message})
 
     def _count(self, decision: Decision) -> None:
         self.events.append((decision.step, decision.reason))
@@ -174,6 +188,7 @@ class Loop:
         """The state was set, or trained on, without us: what was prepared for the next step no longer fits it."""
         self.actuator.ring.braced = None
         self.tap.brace_norm = self.tap.brace_rate = math.inf
+        self.attributor.interrupt()
         self.suite.interrupt()
 
     def clip_value(self) -> float:

@@ -11,7 +11,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from kalmanguard import statefile
 from kalmanguard.actuators.actions import Recovery
 from kalmanguard.actuators.actuator import Actuator
+from kalmanguard.attribution import Attributor
 from kalmanguard.betting import bet_on_fresh_examples
 from kalmanguard.detectors.drift import RATES
 from kalmanguard.errors import (
@@ -44,6 +45,7 @@ from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outc
 from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
+from kalmanguard.sensors.reevaluation import BatchLoss
 from kalmanguard.sensors.suite import SensorSuite
 from kalmanguard.settings import Settings
 from kalmanguard.snapshots.memory import slots_for
@@ -51,6 +53,7 @@ from kalmanguard.snapshots.state import TrainingState
 
 if TYPE_CHECKING:
     from kalmanguard.certificate.verify import Report
+    from kalmanguard.detectors.attribution import AttributionResult
 
 _NEVER = -(1 << 40)
 #: Of `Supervisor.state_dict`; another one than before wherever the state of the engine has another shape.
@@ -230,6 +233,7 @@ class Supervisor:
             actuator=actuator,
             journal=journal,
             incidents=Incidents(journal, strict=chosen.strict),
+            attributor=Attributor(BatchLoss(self.model, loss_fn), actuator.ring),
         )
         self._closed = False
         self._own_s = self._total_s = 0.0
@@ -244,7 +248,7 @@ class Supervisor:
         else:
             journal.write_header(header(chosen, recovery.describe(), self.model, probe.size, probe.digest))
 
-    def update(self, loss: Tensor | float | None = None) -> Decision:
+    def update(self, loss: Tensor | float | None = None, *, batch: Any = None) -> Decision:
         """Supervise the step that was just taken; call once per step, after ``optimizer.step()``.
 
         Parameters
@@ -252,6 +256,9 @@ class Supervisor:
         loss
             The training loss of the step, if there is one number; it sharpens detection and tells overfitting from
             corruption, but nothing depends on it.
+        batch
+            The batch of the step, as the loader gave it, so that a spike of the loss can be attributed (`attribute`):
+            two forward passes, once per suspicion. It is referred to until the next step, and never changed.
 
         Returns
         -------
@@ -270,6 +277,8 @@ class Supervisor:
         loop = self._loop
         if self._closed:
             raise ConfigurationError("The supervisor is closed; make a new one to supervise further steps.")
+        if batch is not None:
+            loop.attributor.remember(batch)
         if loop.tap.paused or loop.tap.steps == 0:
             loop.tap.bind()
             return loop.last or _nothing_yet(loop.step)
@@ -424,6 +433,32 @@ class Supervisor:
         draft.write_text(json.dumps(diagnosis, indent=2, default=str) + "\n")
         draft.replace(path)
         return path
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over a loader and remember the batches of the step in work, in place of ``update(batch=...)``."""
+        for batch in loader:
+            self._loop.attributor.remember(batch)
+            yield batch
+
+    def attribute(self, batch: Any = None) -> AttributionResult:
+        """What explains the training loss of the latest step: hard data, the model, or the hardware?
+
+        The batch is evaluated again on the state of that step and on the newest certified one, without a trace. Where
+        batches are known (`update`, `batches`) this is done by itself at a suspicion of the loss, once per episode, and
+        recorded in the journal.
+
+        Parameters
+        ----------
+        batch
+            The batch of the latest step; by default the one that is known.
+
+        Returns
+        -------
+        AttributionResult
+            With ``cause`` ABSTAIN, and the reason, where it cannot be told: no certified state (observe mode keeps
+            none), no batch, no training loss, no spike.
+        """
+        return self._loop.attributor.attribute(self._loop.state, batch)
 
     # -- asking --------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,18 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert namespace["decision"].step == sum(1 for _ in namespace["train_loader"]) * (3 if "quickstart" in page else 1)
 
 
+def test_the_page_on_diagnostics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks("docs/diagnostics.md"), 1):
+        exec(compile(block, f"docs/diagnostics.md, block {number}", "exec"), namespace)
+    quality = namespace["quality"]
+    assert 0.8 < quality.score < 0.95
+    assert sum(suspect < 50 for suspect in quality.suspects) > 40
+    assert namespace["found"].ratio < 1.0
+    assert (tmp_path / "landscape.png").exists()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

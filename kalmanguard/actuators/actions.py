@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from kalmanguard.actuators.effects import Anchor, GradientClip, LearningRateLimit
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import Decision
+from kalmanguard.sensors.importance import second_moment_importance
 
 
 class Effects(Protocol):
@@ -207,11 +208,9 @@ class ElasticAnchor(RecoveryAction):
         """Anchor at the present, restored parameters."""
         anchors: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
         for optimizer in controls.optimizers:
+            importance = second_moment_importance(optimizer)
             for group in optimizer.param_groups:
-                for p in group["params"]:
-                    moment = optimizer.state.get(p, {}).get("exp_avg_sq")
-                    importance = moment / moment.mean().clamp(min=1e-30) if isinstance(moment, Tensor) else None
-                    anchors[p] = (p.detach().clone(), importance)
+                anchors |= {p: (p.detach().clone(), importance.get(p)) for p in group["params"]}
         controls.tap.effects.append(Anchor(anchors, self.strength, controls.hold_steps))
 
 

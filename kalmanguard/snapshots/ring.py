@@ -116,6 +116,11 @@ class Ring:
         """Return the slot that holds ``step``; it belongs to the ring and is only valid until evicted."""
         return self._entry(step).slot
 
+    @property
+    def beside(self) -> Slot | None:
+        """The slot that holds the state of step `braced`; valid until the next `brace`."""
+        return None if self.braced is None else self._beside
+
     def capture(self, step: int) -> None:
         """Copy the present state into a free slot.
 
