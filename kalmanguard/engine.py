@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._bank = EstimatorBank(gate_ratio=settings.gate_ratio)
+        self._bank = EstimatorBank()
         self._watch = Watch(settings)
         self._judge = Judge(settings)
         self._policy = Policy(settings, self._judge)

@@ -22,6 +22,7 @@ DETECTORS: dict[str, bool] = {
     "drift": True,
     "learning-rate": True,
     "onset": True,
+    "fusion": False,
     "lyapunov": False,
     "oscillation": False,
     "period-two": False,
@@ -101,6 +102,11 @@ class Settings(BaseModel):
     )
     warmup_steps: int = Field(30, ge=5, description="steps before a finite value can be suspicious")
     suspicion: float = Field(8.0, gt=1, description="normalised innovation that is suspicious")
+    calibration: Any = Field(
+        None,
+        description="thresholds from healthy runs: 'default', the path of a calibration file, or what one holds; "
+        "None uses suspicion for every channel",
+    )
     run_length: float = Field(20_000.0, gt=1, description="stated mean run length to a false drift alarm, in steps")
     give_back: float = Field(0.2, gt=0, le=1, description="largest fraction of the progress that may be lost")
     floor_frac: float = Field(0.01, gt=0, lt=1, description="envelope floor relative to the best probe's magnitude")
@@ -128,6 +134,10 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.calibration is not None and not isinstance(self.calibration, str | dict):
+            raise ValueError(f"calibration = {self.calibration!r}: give 'default', a path, or thresholds by channel")
+        if "fusion" in self.detectors and self.calibration is None:
+            raise ValueError("the detector fusion bets on calibrated thresholds: set calibration='default', or a path")
         if unknown := [name for name in self.detectors if name not in DETECTORS]:
             raise ValueError(f"detectors = {unknown!r}: choose from {', '.join(DETECTORS)}")
         if self.certificate_delta >= self.certificate_clip:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kalmanguard import engine
 from kalmanguard.control import cadence, ladder, ledger, retention
-from kalmanguard.detectors import drift, dynamics, excursion, tail
+from kalmanguard.detectors import drift, dynamics, excursion, fusion, tail
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.estimators import autocovariance, bank, noise, probe, regimes, statespace, trajectory, trend
 from kalmanguard.records import Innovation, Mode
@@ -19,9 +19,9 @@ _TYPES: dict[str, Any] = {
     for cls in (
         engine.EngineState, bank.Estimators, ledger.Ledger, ledger.Episode, ledger.Heard, cadence.Cadence,
         ladder.LadderState, retention.Slot, drift.DriftState, excursion.ExcursionState, tail.TailState, Innovation,
-        dynamics.DynamicsState, autocovariance.AutocovarianceState, autocovariance.Moments, regimes.RegimeState,
-        noise.Scale, probe.ProbeState, statespace.Gaussian, statespace.Covariance, trajectory.TrajectoryState,
-        trend.TrendState,
+        fusion.FusionState, dynamics.DynamicsState, autocovariance.AutocovarianceState, autocovariance.Moments,
+        regimes.RegimeState, noise.Scale, probe.ProbeState, statespace.Gaussian, statespace.Covariance,
+        trajectory.TrajectoryState, trend.TrendState,
     )
 }  # fmt: skip
 

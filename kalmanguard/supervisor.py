@@ -174,7 +174,7 @@ class Supervisor:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model is a {type(model).__name__}; pass the torch.nn.Module that is trained.")
-        self.settings = chosen = Settings.of(settings)
+        self.settings = chosen = _calibrated(Settings.of(settings))
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self._rewindable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
@@ -802,6 +802,15 @@ def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer
         if not isinstance(item, Optimizer):
             raise ConfigurationError(f"optimizer is a {type(item).__name__}; pass a torch.optim.Optimizer.")
     return optimizers
+
+
+def _calibrated(settings: Settings) -> Settings:
+    """Settings with what a named calibration holds, so that the journal's header says it."""
+    if not isinstance(settings.calibration, str):
+        return settings
+    from kalmanguard.calibration import load
+
+    return settings.model_copy(update={"calibration": load(settings.calibration).pairs()})
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +18,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
+from kalmanguard import Engine, Settings, Supervisor
+from kalmanguard.calibration import load
 from kalmanguard.detectors.drift import MARGIN, RATES, DriftResult, DriftState, DriftTest
 from kalmanguard.detectors.excursion import GROWTH, RATIO, ExcursionState, LearningRateExcursion
+from kalmanguard.detectors.fusion import FusionState, FusionTest
 from kalmanguard.detectors.paired import paired_standard_error, paired_test
 from kalmanguard.detectors.tail import TailState, TailTest
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.estimators.bank import CHANNELS
 from kalmanguard.estimators.noise import Scale
+from kalmanguard.models.mlp import MLPPlant
 from kalmanguard.records import Evidence, Guarantee, Innovation
+from kalmanguard.replay import replay
 
 #: One in a million seeds.
 RARE = 1e-6
@@ -386,3 +394,60 @@ def test_equal_losses_are_no_evidence_and_a_constant_rise_is_certain() -> None:
     assert rise.statistic > 1e6
     fall = paired_test(losses - 0.25, losses)
     assert not fall.fired
+
+
+# --- fusion -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_fused_detector_keeps_its_run_length_when_thresholds_are_exceeded_as_calibrated() -> None:
+    """At the edge of its null: exceedances as likely as stated, and the same in all channels."""
+    rng, stated, lengths = np.random.default_rng(21), 100.0, []
+    channels = ("a", "b", "c")
+    test = FusionTest(channels, {name: ((0.01, 0.99), (0.001, 0.999)) for name in channels}, run_length=stated)
+    for _ in range(150):
+        state, steps, alarm = FusionState(), 0, None
+        while alarm is None and steps < 20_000:
+            steps += 1
+            shared = float(rng.uniform())
+            state, alarm = test.step(state, (shared, shared, None if steps % 3 else shared))
+        lengths.append(steps)
+    mean, error = np.mean(lengths), np.std(lengths) / math.sqrt(len(lengths))
+    assert mean + 3 * error >= stated
+
+
+def test_fusion_sees_five_deviations_again_and_again_that_no_tail_test_sees(tmp_path: Path) -> None:
+    rng = np.random.default_rng(22)
+    pairs = load("default").pairs()
+    assert set(pairs) == set(CHANNELS)
+    levels = {
+        name: tuple((1 - level, q) for level, q in known if 0.98 < level < 0.9995) for name, known in pairs.items()
+    }
+    test, state, seen = FusionTest(CHANNELS, levels, run_length=20_000.0), FusionState(), None
+    for step in range(200):
+        z = rng.normal(size=5) + (4.0 if step >= 150 else 0.0)
+        state, evidence = test.step(state, z.tolist())
+        if evidence is not None:
+            seen = step
+            break
+    assert seen is not None
+    assert 150 <= seen <= 160
+
+
+def test_calibration_by_name_reaches_the_journal_and_its_replay(tmp_path: Path) -> None:
+    plant = MLPPlant(seed=0)
+    detectors = (*Settings().detectors, "fusion")
+    settings = Settings(calibration="default", detectors=detectors, mode="observe")
+    with Supervisor(plant.model, plant.probe_loader, settings=settings, run_dir=tmp_path / "run") as guard:
+        for _ in range(60):
+            plant.step_loss(next(plant.loader)).backward()
+            plant.optimizer.step()
+            plant.optimizer.zero_grad()
+            guard.update()
+        assert guard.settings.calibration == load("default").pairs()
+    assert replay(tmp_path / "run").identical
+    with pytest.raises(ConfigurationError, match="set calibration="):
+        Settings(detectors=("fusion",))
+    with pytest.raises(ConfigurationError, match="still a name"):
+        Engine(settings)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Supervisor(plant.model, plant.probe_loader, settings=Settings(calibration=str(tmp_path / "none.json")))

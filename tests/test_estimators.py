@@ -310,7 +310,7 @@ def test_expected_length_is_the_root_mean_square_of_the_steps() -> None:
 def test_speed_is_predicted_also_for_steps_that_the_sketch_leaves_out() -> None:
     """The clock of the probe does not see the step that it predicts, does not wait for the sketch, follows the rate."""
     rng = np.random.default_rng(14)
-    bank, e = EstimatorBank(gate_ratio=10.0), Estimators()
+    bank, e = EstimatorBank(), Estimators()
 
     def measured(step: int, velocity: FloatArray | None, rate: float = 0.1, veto: str | None = None) -> Measurement:
         return Measurement(step=step, learning_rates=(rate,), velocity=velocity, veto=veto)

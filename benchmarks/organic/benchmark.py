@@ -72,8 +72,8 @@ class Organic(Benchmark):
 
 _LEGEND = {
     True: (
-        "True loss on examples that no guard sees, at the end over the start and over the best of the bare run; *seen*, "
-        "*acted*: steps at which kalmanguard first suspected and first did something; *saved*: the run ends with a "
+        "True loss on examples that no guard sees, at the end over the start and over the best of the bare run; *seen* "
+        "and *acted*: steps at which kalmanguard first suspected and first did something; *saved*: the run ends with a "
         "finite loss that lacks at most a quarter of the progress of the bare run's best, or, where the bare run never "
         "progresses, that exceeds the start by at most a quarter. Median / worst over the seeds."
     ),

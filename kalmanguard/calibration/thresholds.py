@@ -128,6 +128,10 @@ class Calibration(BaseModel):
         """The threshold that scores of ``channel`` stay below at ``level`` or more; see `quantile`."""
         return self.quantile(channel, level).threshold
 
+    def pairs(self) -> dict[str, list[list[float]]]:
+        """Levels and thresholds by channel as plain numbers: what `Settings.calibration` and the journal hold."""
+        return {channel: [[q.level, q.threshold] for q in quantiles] for channel, quantiles in self.channels.items()}
+
     def save(self, path: str | Path) -> None:
         """Write it as JSON, in one piece; equal calibrations are equal files."""
         path = Path(path)

@@ -11,6 +11,7 @@ from kalmanguard.control.retention import Slot
 from kalmanguard.detectors.drift import DriftState
 from kalmanguard.detectors.dynamics import DynamicsState
 from kalmanguard.detectors.excursion import ExcursionState
+from kalmanguard.detectors.fusion import FusionState
 from kalmanguard.detectors.tail import TailState
 from kalmanguard.estimators.bank import CHANNELS
 from kalmanguard.records import Innovation, Mode
@@ -89,6 +90,7 @@ class Ledger(NamedTuple):
     heard: tuple[Heard, ...] = ()
     recent: tuple[tuple[Innovation | None, ...], ...] = ()
     dynamics: DynamicsState = DynamicsState()
+    fusion: FusionState = FusionState()
 
 
 def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
@@ -96,6 +98,6 @@ def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:
     return ledger._replace(
         objective=objective, began=began, warm=False, start=math.nan, best=math.inf, standard_error=0.0, probes=0,
         episode=None, declined=False, slots=(), last_snapshot=-(1 << 40), drift=DriftState(), lowest_loss=math.inf,
-        first_loss=math.nan, recent=(), dynamics=DynamicsState(),
+        first_loss=math.nan, recent=(), dynamics=DynamicsState(), fusion=FusionState(),
         ladder=LadderState(), mode=Mode.WATCHING,
     )  # fmt: skip

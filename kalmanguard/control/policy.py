@@ -256,7 +256,10 @@ class Policy:
             met = m.veto == "explosion" or any(item.detector == "loss" and item.fired for item in evidence)
             if met and episode.gradient < gate:
                 return episode.gradient, False
-        return gate, ledger.skipped_in_a_row >= settings.gate_skips
+        if ledger.skipped_in_a_row >= settings.gate_skips and math.isfinite(gate):
+            # Scaled down to what was seen before, not to the gate: Adam remembers its square for a thousand steps.
+            return largest_gradient, True
+        return gate, False
 
     def _recovered(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> bool:
         return (

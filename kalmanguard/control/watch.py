@@ -10,14 +10,22 @@ from kalmanguard.detectors.certain import certain
 from kalmanguard.detectors.drift import DriftResult, DriftTest
 from kalmanguard.detectors.dynamics import Dynamics
 from kalmanguard.detectors.excursion import LearningRateExcursion
+from kalmanguard.detectors.fusion import FusionTest
 from kalmanguard.detectors.onset import onset
 from kalmanguard.detectors.tail import TailTest
+from kalmanguard.errors import ConfigurationError
 from kalmanguard.estimators.bank import CHANNELS, Innovations
 from kalmanguard.records import Evidence, Innovation, Measurement, Mode
 from kalmanguard.settings import Settings
 
+#: Channels whose falls count as much as their rises.
+_TWO_SIDED = ("gain", "buffers")
 #: Long-run rate of firings of each tail test that is aimed at.
 _TAIL_RATE = 1.5e-4
+#: A calibrated threshold is not taken lower: on held-out runs it then fires about as often as intended.
+_LOWEST_TAIL = 6.0
+#: Shares of exceedance that the fused detector bets on.
+_BETS = (0.9e-3, 1.1e-2)
 #: A learning rate above this many times its moving average has just been raised: a loss that rises is no drift then.
 _RAISED = 1.5
 _RATE_GAIN = 0.01
@@ -48,14 +56,23 @@ class Watch:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        calibrated, levels = _calibrated(settings)
         self._on = frozenset(settings.detectors)
         self._tails = tuple(
-            TailTest(channel, threshold=settings.suspicion, rate=_TAIL_RATE, two_sided=channel in ("gain", "buffers"))
+            TailTest(
+                channel,
+                threshold=calibrated.get(channel, settings.suspicion),
+                rate=_TAIL_RATE,
+                two_sided=channel in _TWO_SIDED,
+            )
             if channel in self._on
             else None
             for channel in CHANNELS
         )
         self._dynamics = Dynamics(settings.detectors)
+        self._fusion = None
+        if "fusion" in self._on:
+            self._fusion = FusionTest(CHANNELS, levels, run_length=settings.run_length)
         self._drift = DriftTest(run_length=settings.run_length)
         self._excursion = LearningRateExcursion()
 
@@ -158,6 +175,12 @@ class Watch:
             if drift_state.level is not None and warm:
                 lowest = min(lowest, drift_state.level)
         found.extend(certain(m, habitual=ledger.tampered > HABIT))
+        fusion = ledger.fusion
+        if self._fusion is not None and warm:
+            scores = [None if i is None else _score(i) for i in innovations]
+            fusion, evidence = self._fusion.step(fusion, scores)
+            if evidence is not None:
+                found.append(evidence)
         dynamics = ledger.dynamics
         if self._dynamics and m.veto is None:
             rate = max(m.learning_rates, default=0.0) * m.lr_factor
@@ -173,6 +196,7 @@ class Watch:
                 heard=heard,
                 recent=(*ledger.recent[1 - _RECENT :], innovations),
                 dynamics=dynamics,
+                fusion=fusion,
                 tails=tails,
                 drift=drift_state,
                 excursion=excursion,
@@ -182,6 +206,31 @@ class Watch:
             ),
             drift,
         )
+
+
+def _calibrated(settings: Settings) -> tuple[dict[str, float], dict[str, tuple[tuple[float, float], ...]]]:
+    """Per channel the threshold of its tail test, and what may exceed which threshold how often."""
+    if settings.calibration is None:
+        return {}, {}
+    if isinstance(settings.calibration, str):
+        raise ConfigurationError(
+            f"calibration = {settings.calibration!r} is still a name, which a supervisor reads; an engine needs what "
+            "kalmanguard.calibration.load(...).pairs() gives for it."
+        )
+    tails: dict[str, float] = {}
+    levels: dict[str, tuple[tuple[float, float], ...]] = {}
+    for channel, pairs in settings.calibration.items():
+        known = tuple((1.0 - float(level), float(threshold)) for level, threshold in pairs)
+        levels[channel] = tuple(pair for pair in known if _BETS[0] <= pair[0] <= _BETS[1])
+        rare = [threshold for alpha, threshold in known if alpha <= 1.01 * _TAIL_RATE]
+        if rare:
+            tails[channel] = max(rare[0], _LOWEST_TAIL)
+    return tails, levels
+
+
+def _score(innovation: Innovation) -> float:
+    z = innovation.normalised
+    return abs(z) if innovation.channel in _TWO_SIDED else z
 
 
 def _news(heard: tuple[Heard, ...], m: Measurement) -> tuple[tuple[Heard, ...], list[Evidence]]:

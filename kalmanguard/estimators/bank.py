@@ -13,6 +13,9 @@ from kalmanguard.records import FloatArray, Innovation, Measurement
 #: Channels of `Innovations`, in order.
 CHANNELS = ("loss", "gradient", "gain", "buffers", "trajectory")
 _GATE_DECAY = 0.999
+#: Growth of the largest known gradient norm with every clipped step: gradients that have really grown a hundredfold are
+#: followed within 25 steps, and ten bad ones do not fill the second moments with what was clipped.
+_CLIPPED_GROWTH = 1.2
 
 
 class Estimators(NamedTuple):
@@ -52,16 +55,9 @@ class Innovations(NamedTuple):
 
 
 class EstimatorBank:
-    """Trends of the training loss and of the log norms, the trajectory filter, and the clock of the probe filter.
+    """Trends of the training loss and of the log norms, the trajectory filter, and the clock of the probe filter."""
 
-    Parameters
-    ----------
-    gate_ratio
-        Growth of the largest known gradient norm that a clipped step stands for.
-    """
-
-    def __init__(self, *, gate_ratio: float) -> None:
-        self._gate_ratio = gate_ratio
+    def __init__(self) -> None:
         self._trajectory = TrajectoryFilter()
         self._probe = ProbeFilter()
         self._loss = TrendFilter("loss", floor_frac=1e-3)
@@ -82,7 +78,7 @@ class EstimatorBank:
             if m.veto is None:
                 largest = max(norm, largest * _GATE_DECAY)
             elif m.veto == "clipped":
-                largest = max(largest, self._gate_ratio * largest)
+                largest *= _CLIPPED_GROWTH
         if m.buffer_norm is not None and 0.0 < m.buffer_norm < math.inf:
             buffer_state, buffers = self._buffers.step(buffer_state, math.log(m.buffer_norm))
         trajectory_state, nis, rank = e.trajectory, math.nan, math.nan
