@@ -21,6 +21,7 @@ from benchmarks.persistent import Persistent
 from benchmarks.probe_clock import ProbeClock
 from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
+from benchmarks.replica import Replica
 from benchmarks.sketch import SketchBenchmark as Sketch
 from benchmarks.snapshots import Snapshots
 
@@ -29,6 +30,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Persistent(),
     Healthy(),
     Organic(),
+    Replica(),
     RealCurves(),
     Cost(),
     Sketch(),
