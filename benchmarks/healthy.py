@@ -10,8 +10,8 @@ from scipy.stats import binomtest
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.flight import Flight, give_back
-from benchmarks.markdown import number, spread, table
 from benchmarks.guards import available, missing
+from benchmarks.markdown import number, spread, table
 from benchmarks.pool import fly_all
 
 LONG = (

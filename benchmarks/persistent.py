@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.flight import Flight, give_back
-from benchmarks.markdown import counts, spread, table
 from benchmarks.guards.peers import arc_version
+from benchmarks.markdown import counts, spread, table
 from benchmarks.plants import fault_step
 from benchmarks.pool import fly_all
 

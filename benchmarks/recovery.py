@@ -12,9 +12,9 @@ import numpy as np
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.flight import Flight, give_back
-from benchmarks.markdown import counts, number, spread, table
 from benchmarks.guards import available, missing
 from benchmarks.harm import lost_steps
+from benchmarks.markdown import counts, number, spread, table
 from benchmarks.plants import fault_step
 from benchmarks.pool import fly_all
 
@@ -205,9 +205,9 @@ def _judge_clean(recipe: str, seed: int, guards: list[str], steps: int, flown: d
 
 
 _SCORE_LEGEND = (
-    "All faults together. *Harm*: the true loss in excess of the clean twin's, as a share of the progress that the twin "
-    "has made, summed from the fault to the end of the run: steps' worth of an untrained model; of all runs, relative "
-    "to doing nothing. At most all progress counts in a step; a halted run keeps the state that it left. *Worse than "
+    "All faults together. *Harm*: the true loss in excess of the clean twin's, as a share of the progress that the "
+    "twin has made, summed from the fault to the end of the run: steps' worth of an untrained model; of all runs, "
+    "relative to doing nothing. At most all progress counts in a step; a halted run keeps the state that it left. *Worse than "
     "nothing*: runs with more harm than without a guard, by one step's worth at least. *Unseen*: harmful runs seen "
     "later than two steps after the first harm, or never; *nothing done*: harmful runs without a deed. *False alarms*, "
     "*false deeds* (vetoes, clips, rollbacks, halts): steps per 1,000 of clean runs. *Cost*: processor time of a step "
@@ -223,9 +223,10 @@ def _scores(result: Result) -> str:
     for guard in result["guards"]:
         own = [case["guards"][guard] for case in cases]
         harm = math.fsum(run["lost_steps"] for run in own)
-        worse = sum(run["lost_steps"] > case["guards"]["none"]["lost_steps"] + 1 for run, case in zip(own, cases))
+        worse = sum(case["guards"][guard]["lost_steps"] > case["guards"]["none"]["lost_steps"] + 1 for case in cases)
         clean = [run["guards"][guard] for run in result["clean"]]
         steps = sum(run["steps"] for run in clean)
+        idle = [_delay(case, guard, "acted") == math.inf and not case["guards"][guard]["clips"] for case in harmful]
         costs = sorted(run["cpu_ratio"] for run in clean)
         rows.append(
             [
@@ -234,7 +235,7 @@ def _scores(result: Result) -> str:
                 f"{100 * harm / nothing:.1f} %" if nothing else "–",
                 worse,
                 sum(_delay(case, guard, "suspected") > 2 for case in harmful),
-                sum(_delay(case, guard, "acted") == math.inf and not case["guards"][guard]["clips"] for case in harmful),
+                sum(idle),
                 *(number(1_000 * sum(run[key] for run in clean) / steps, 2) for key in ("alarms", "deeds")),
                 f"{number(costs[len(costs) // 2])} ({number(costs[0])} to {number(costs[-1])})",
             ]

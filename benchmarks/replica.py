@@ -68,8 +68,8 @@ class Replica(Benchmark):
         start, stop = WINDOW
         return "\n\n".join(
             [
-                f"Gradients 300 times too large in steps {start} to {stop - 1} of {STEPS}. True loss on examples that no "
-                "guard sees, over that of the bare clean run at the same step. *Peak after*: its largest value from "
+                f"Gradients 300 times too large in steps {start} to {stop - 1} of {STEPS}. True loss on examples that "
+                "no guard sees, over that of the bare clean run at the same step. *Peak after*: its largest value from "
                 f"step {stop + 5} on; *peaked*: runs in which that exceeds 1.5. *End / clean*: at the end. *In a row*: "
                 "the longest unbroken series of rejected steps (vetoes, rollbacks); *livelocked*: runs that end in one "
                 "longer than 50; *early*: rejections before the fault, all runs together. Median / worst.",

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kalmanguard.models import Plant
+from kalmanguard.models.chartransformer import CharTransformer
 from kalmanguard.models.plant import initialised_with
-from models.chartransformer import CharTransformer
-from models.stream import WindowStream, in_batches, seeded
+from kalmanguard.models.stream import WindowStream, in_batches, seeded
 
 STEPS = 250
 FAULT = "gradient_scale:300@120:steps=10"

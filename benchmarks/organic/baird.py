@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from benchmarks.organic.plant import CPU, EXAMPLES, Drawn, RegressionPlant
-from models.stream import Batch, in_batches
+from kalmanguard.models.stream import Batch, in_batches
 
 _STATES, _DISCOUNT, _LR, _BATCH = 7, 0.99, 0.01, 16
 

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.organic.plant import CPU, EXAMPLES, RegressionPlant, Whole
 from kalmanguard.models.plant import initialised_with
-from models.stream import Batch, in_batches, seeded
+from kalmanguard.models.stream import Batch, in_batches, seeded
 
 _WIDTH = 512
 _RATES = (3.0, 2.2, 3.4, 2.6, 3.8)

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import Optimizer
 
 from benchmarks.organic.plant import CPU, OrganicPlant, RegressionPlant, Whole
+from kalmanguard.models.digits import load_digits
 from kalmanguard.models.plant import initialised_with
-from models.digits import load_digits
-from models.stream import ShuffledStream, in_batches
+from kalmanguard.models.stream import ShuffledStream, in_batches
 
 
 class _Classifier(OrganicPlant):
@@ -118,9 +118,7 @@ class WeightDrift(_Classifier):
             )
         head = {"params": list(model[6].parameters()), "lr": 0.05}
         hidden = {"params": [*model[0].parameters(), *model[3].parameters()], "lr": 1.0}
-        super().__init__(
-            "weight drift", model, torch.optim.SGD([hidden, head], lr=1.0), seed=seed, batch_size=16
-        )
+        super().__init__("weight drift", model, torch.optim.SGD([hidden, head], lr=1.0), seed=seed, batch_size=16)
 
     def gauge(self) -> float:
         return float(torch.cat([weight.flatten() for weight in self._weights()[:2]]).norm())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from benchmarks.organic.plant import CPU, EXAMPLES, RegressionPlant, Whole
-from models.stream import Batch, in_batches, seeded
+from kalmanguard.models.stream import Batch, in_batches, seeded
 
 _LR = 0.2
 _START = 0.1
