@@ -33,8 +33,8 @@ def fly_all(flights: Sequence[Flight], *, processes: int, cache: Path | None = N
     own = _sources() if cache is not None else ""
     if cache is not None and cache.exists():
         for line in cache.read_text(encoding="utf-8").splitlines():
-            key, result, sources = json.loads(line)
-            if key in wanted and sources in ("", own):
+            key, result, *sources = json.loads(line)
+            if key in wanted and sources in ([], [""], [own]):
                 found[key] = result
     todo = [flight for key, flight in wanted.items() if key not in found]
     # The longest first, so that no process is left alone with one at the end.
