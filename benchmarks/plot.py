@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -41,6 +42,9 @@ def _recovery(axes: Axes, result: Result) -> None:
     axes.set(xlabel="harm per run: steps' worth of an untrained model")
 
 
+_COLOURS = colormaps["tab20"]
+
+
 def _organic(axes: Axes, result: Result) -> None:
     names = [name for name, harmful in result["harmful"].items() if harmful]
     guards = [guard for guard in result["guards"] if guard != "none"]
@@ -50,11 +54,11 @@ def _organic(axes: Axes, result: Result) -> None:
         for name in names:
             cases = [c["area_over_bare"] for c in result["cases"] if c["name"] == name and c["guard"] == guard]
             values.append(math.fsum(cases) / len(cases))
-        axes.bar([i + place * width for i in range(len(names))], values, width, label=guard)
+        axes.bar([i + place * width for i in range(len(names))], values, width, label=guard, color=_COLOURS(place))
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], names, rotation=30, ha="right")
     axes.set(ylabel="mean true loss over the bare run's")
-    axes.legend(fontsize="x-small", ncols=2)
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 #: How a benchmark is drawn, by its name.

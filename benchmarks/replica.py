@@ -69,10 +69,11 @@ class Replica(Benchmark):
         return "\n\n".join(
             [
                 f"Gradients 300 times too large in steps {start} to {stop - 1} of {STEPS}. True loss on examples that "
-                "no guard sees, over that of the bare clean run at the same step. *Peak after*: its largest value from "
-                f"step {stop + 5} on; *peaked*: runs in which that exceeds 1.5. *End / clean*: at the end. *In a row*: "
-                "the longest unbroken series of rejected steps (vetoes, rollbacks); *livelocked*: runs that end in one "
-                "longer than 50; *early*: rejections before the fault, all runs together. Median / worst.",
+                "no guard sees. *Peak in the window*, *after*: its largest value there, and from step "
+                f"{stop + 5} on, over the lowest before the fault; *peaked*: runs in which the latter exceeds 1.1. "
+                "*End / clean*: at the end, over the bare clean twin's. *In a row*: the longest unbroken series of "
+                "rejected steps (vetoes, rollbacks); *livelocked*: runs that end in one longer than 50; *early*: "
+                "rejections before the fault, all runs together. Median / worst.",
                 table(
                     [
                         *("guard", "runs", "peak in the window", "peak after", "at step", "peaked", "end / clean"),
@@ -98,10 +99,10 @@ def _present(run: Result) -> list[list[Any]]:
 
 
 def _judge(guard: str, seed: int, run: Result, bare: Result) -> Result:
-    twin = dict(map(tuple, _present(bare)))
-    shares = {t: math.inf if y is None else y / twin[t] for t, y in _present(run)}
-    inside = [share for t, share in shares.items() if WINDOW[0] <= t < WINDOW[1] + 5]
-    after = {t: share for t, share in shares.items() if t >= WINDOW[1] + 5}
+    losses = {t: math.inf if y is None else y for t, y in _present(run)}
+    lowest = min(y for t, y in losses.items() if t < WINDOW[0])
+    inside = [y / lowest for t, y in losses.items() if WINDOW[0] <= t < WINDOW[1] + 5]
+    after = {t: y / lowest for t, y in losses.items() if t >= WINDOW[1] + 5}
     peak = max(after.values(), default=math.inf)
     rejected = sorted({e["step"] for e in run["events"] if e["kind"] in ("veto", "rollback")})
     series = _series(rejected)
@@ -111,7 +112,7 @@ def _judge(guard: str, seed: int, run: Result, bare: Result) -> Result:
         "peak_inside": _finite(max(inside)),
         "peak_after": _finite(peak),
         "peak_at": max(after, key=lambda t: after[t]) if after else None,
-        "peaked": peak > 1.5,
+        "peaked": peak > 1.1,
         "end_over_clean": None if run["truth_end"] is None else run["truth_end"] / bare["truth_end"],
         "early": sum(step < WINDOW[0] for step in rejected),
         "rejected": len(rejected),

@@ -19,6 +19,7 @@ from benchmarks.organic import SCENARIOS
 from benchmarks.organic.out_of_memory import rehearse
 from benchmarks.plants import RECIPES, REPLICA, Truth, fault_step, make_plant
 from benchmarks.pool import fly_all
+from benchmarks.replica import _judge
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +213,23 @@ def test_harm_counts_what_is_lost_against_the_clean_twin_step_by_step():
     assert lost_steps(run | {"truth_judged": [[11, 1.0], [12, 1.0]]}, clean, since=10) == 0.0
     halted = run | {"ended": 11, "truth": run["truth"][:3], "truth_end": 2.0}
     assert lost_steps(halted, clean, since=12) == pytest.approx(0.5 + 8 * 0.5)
+
+
+def test_the_published_experiment_is_judged_against_the_lowest_loss_before_and_the_twin_at_the_end():
+    clean = {"truth": [[0, 3.0], [118, 1.0], [134, 0.9], [136, 0.8], [250, 0.5]], "truth_judged": [], "truth_end": 0.5}
+    events = [{"step": step, "kind": "rollback", "text": ""} for step in (110, 120, 121, 122)]
+    run = {
+        "truth": [[0, 3.0], [118, 1.0], [134, 4.0], [136, 1.2], [250, 0.6]],
+        "truth_judged": [[134, 2.0]],
+        "truth_end": 0.6,
+        "events": events,
+    }
+    case = _judge("Or", 0, run, clean)
+    assert (case["peak_inside"], case["peak_after"], case["peak_at"], case["peaked"]) == (2.0, 1.2, 136, True)
+    assert case["end_over_clean"] == pytest.approx(1.2)
+    assert (case["in_a_row"], case["early"], case["livelocked"]) == (3, 1, False)
+    stuck = run | {"events": [{"step": step, "kind": "rollback", "text": ""} for step in range(190, 251)]}
+    assert _judge("Or", 0, stuck, clean)["livelocked"]
 
 
 def free_run(name, seed, steps):
