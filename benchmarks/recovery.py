@@ -208,10 +208,10 @@ _SCORE_LEGEND = (
     "All faults together. *Harm*: the true loss in excess of the clean twin's, as a share of the progress that the "
     "twin has made, summed from the fault to the end of the run: steps' worth of an untrained model; of all runs, "
     "relative to doing nothing. At most all progress counts in a step; a halted run keeps the state that it left. "
-    "*Worse than nothing*: runs with more harm than without a guard, by one step's worth at least. *Unseen*: harmful runs "
-    "seen later than two steps after the first harm, or never; *nothing done*: harmful runs without a deed. *False alarms*, "
-    "*false deeds* (vetoes, clips, rollbacks, halts): steps per 1,000 of clean runs. *Cost*: processor time of a step "
-    "over the bare run's in clean runs, median (least to most), other programs disturbing."
+    "*Worse than nothing*: runs with more harm than without a guard, by one step's worth at least. *Unseen*: "
+    "harmful runs seen later than two steps after the first harm, or never; *nothing done*: harmful runs without a "
+    "deed. *False alarms*, *false deeds* (vetoes, clips, rollbacks, halts): steps per 1,000 of clean runs. *Cost*: "
+    "processor time of a step over the bare run's in clean runs, median (least to most), other programs disturbing."
 )
 
 

@@ -311,3 +311,13 @@ def test_scenarios_are_run_drawn_and_written(tmp_path):
     assert {bare["name"] for bare in result["bare"]} == {"dirac-gan", "catapult"}
     assert "| dirac-gan | 1 |" in page.read_text()
     assert figure.read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recovery", "replica"])
+def test_a_short_look_is_drawn_and_written(name, tmp_path, capsys):
+    figure, raw = tmp_path / "figure.png", tmp_path / "raw.json"
+    assert main([name, "--quick", "--json", str(raw), "--plot", str(figure)]) == 0
+    assert "| kalmanguard |" in capsys.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(raw.read_text())["guards"][:2] == ["none", "kalmanguard"]
