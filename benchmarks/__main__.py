@@ -20,9 +20,11 @@ from benchmarks.journal import Journal
 from benchmarks.markdown import insert
 from benchmarks.organic.benchmark import Organic
 from benchmarks.persistent import Persistent
+from benchmarks.plot import PLOTTED, plot
 from benchmarks.probe_clock import ProbeClock
 from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
+from benchmarks.replica import Replica
 from benchmarks.sketch import SketchBenchmark as Sketch
 from benchmarks.snapshots import Snapshots
 
@@ -32,6 +34,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Healthy(),
     Organic(),
     Calibration(),
+    Replica(),
     RealCurves(),
     Cost(),
     Sketch(),
@@ -41,7 +44,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     DataQuality(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
-_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}
+_WHERE = {"--json": 1, "--plot": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}
 
 
 def main(arguments: list[str]) -> int:
@@ -61,6 +64,8 @@ def main(arguments: list[str]) -> int:
         result = {"benchmark": benchmark.name, "command": _command(arguments), "machine": _machine(), **result}
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if options.plot is not None:
+        plot(result, options.plot)
     section = _section(benchmark, result)
     if options.write is not None:
         insert(options.write, benchmark.name, section)
@@ -82,9 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", type=Path, metavar="FILE", help="write the raw result there")
         command.add_argument("--load", type=Path, metavar="FILE", help="take a raw result from there, run nothing")
         command.add_argument("--write", type=Path, metavar="PAGE", help="put the section between its markers in PAGE")
+        if benchmark.name in PLOTTED:
+            command.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there (PNG or SVG)")
+        else:
+            command.set_defaults(plot=None)
         command.add_argument("--processes", type=int, default=2, metavar="N", help="worker processes (default 2)")
         command.add_argument(
-            "--cache", type=Path, metavar="FILE", help="keep results of runs without kalmanguard there, and reuse them"
+            "--cache", type=Path, metavar="FILE", help="keep results of runs there, and go on from them"
         )
         benchmark.add_options(command)
         command.set_defaults(benchmark=benchmark)

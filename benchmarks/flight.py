@@ -96,6 +96,7 @@ class _Loop:
         guard = make_guard(flight.guard, plant)
         if flight.rates:
             plant.optimizer.register_step_pre_hook(self._see_rates)
+        self._gauge(0)
         wanted, kept = set(flight.truth), set(flight.held_out)
         step = 0
         with injector.attach(plant.model, plant.optimizer):

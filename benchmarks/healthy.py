@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.flight import Flight, give_back
-from benchmarks.guards.peers import arc_version
+from benchmarks.guards import available, missing
 from benchmarks.markdown import number, spread, table
 from benchmarks.pool import fly_all
 
@@ -20,6 +20,8 @@ LONG = (
 )
 SHORT = ("chartransformer",)
 _LONG_STEPS, _SHORT_STEPS = 3_000, 400
+#: Guards that run unless others are asked for.
+USUAL = ("kalmanguard", "z-score", "ARC")
 KINDS = ("suspicion", "veto", "rollback", "halt")
 
 
@@ -31,17 +33,18 @@ class Healthy(Benchmark):
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--recipes", nargs="+", default=[*LONG, *SHORT], metavar="NAME", help="what is trained")
+        usual = [guard for guard in USUAL if guard not in missing()]
+        parser.add_argument("--guards", nargs="+", choices=available(), default=usual, metavar="NAME")
 
     def run(self, options: argparse.Namespace) -> Result:
         seeds = range(options.seeds or (1 if options.quick else 3))
         recipes = ["mlp", "mlp, SGD"] if options.quick else options.recipes
-        version = arc_version()
-        guards = ["none", "kalmanguard", "z-score", *(["ARC"] if version is not None else [])]
+        guards = list(dict.fromkeys(["none", "kalmanguard", *options.guards]))
         flights = [_flight(recipe, seed, guard) for recipe in recipes for seed in seeds for guard in guards]
         flown = fly_all(flights, processes=options.processes, cache=options.cache)
         bare = {(f.recipe, f.seed): flown[f.key] for f in flights if f.guard == "none"}
         return {
-            "arc": version,
+            "missing": missing(),
             "guards": guards[1:],
             "runs": [
                 _judge(flight, flown[flight.key], bare[flight.recipe, flight.seed])
@@ -82,8 +85,7 @@ class Healthy(Benchmark):
                 [_rates(guard, result) for guard in result["guards"]],
             ),
         ]
-        if result["arc"] is None:
-            parts.append("The peer ARC is not installed, so it is not in the tables.")
+        parts += [sentence for name, sentence in result["missing"].items() if name in USUAL]
         return "\n\n".join(parts)
 
 

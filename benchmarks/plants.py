@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.organic import SCENARIOS
+from benchmarks.replica_plant import RepeatedPhrase
 from kalmanguard.models import Plant, load_plant
 from kalmanguard.models.plant import untraced
 
@@ -14,6 +15,8 @@ from kalmanguard.models.plant import untraced
 _PROBED = 128
 _TRUTH = 256
 
+#: Name of the published experiment's plant.
+REPLICA = "repeated phrase"
 #: Name of a recipe: registered plant and its options.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("mlp", {}),
@@ -36,6 +39,8 @@ def make_plant(recipe: str, *, seed: int, steps: int) -> Plant:
     """Make the plant of a recipe or a scenario; ``steps`` is the length of its schedule, where it has one."""
     if recipe in SCENARIOS:
         return SCENARIOS[recipe].make(seed=seed, steps=steps)
+    if recipe == REPLICA:
+        return RepeatedPhrase(seed=seed, steps=steps)
     name, options = RECIPES[recipe]
     return load_plant(name)(seed=seed, steps=steps, **options)
 

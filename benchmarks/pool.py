@@ -1,13 +1,15 @@
-"""Many runs over a few processes, with those that depend on nothing of ours kept from one time to the next."""
+"""Many runs over a few processes, kept from one time to the next."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import kalmanguard
 from benchmarks.benchmark import Result
 from benchmarks.flight import Flight, fly
 
@@ -22,14 +24,17 @@ def fly_all(flights: Sequence[Flight], *, processes: int, cache: Path | None = N
     processes
         Number of worker processes; one torch thread each.
     cache
-        File of JSON lines with results of runs without kalmanguard, which are read from there and added to it.
+        File of JSON lines with results, which are read from there and added to it as runs end, so that an
+        interrupted benchmark goes on where it stopped. Runs with kalmanguard are reused only while its sources are
+        the same; remove the file after a change to plants or guards.
     """
     wanted = {flight.key: flight for flight in flights}
     found: dict[str, Result] = {}
+    own = _sources() if cache is not None else ""
     if cache is not None and cache.exists():
         for line in cache.read_text(encoding="utf-8").splitlines():
-            key, result = json.loads(line)
-            if key in wanted:
+            key, result, *sources = json.loads(line)
+            if key in wanted and sources in ([], [""], [own]):
                 found[key] = result
     todo = [flight for key, flight in wanted.items() if key not in found]
     # The longest first, so that no process is left alone with one at the end.
@@ -38,12 +43,21 @@ def fly_all(flights: Sequence[Flight], *, processes: int, cache: Path | None = N
     with context.Pool(processes) as pool:
         for count, (key, result) in enumerate(pool.imap_unordered(_keyed, todo), start=1):
             found[key] = result
-            if cache is not None and wanted[key].guard != "kalmanguard":
+            if cache is not None:
                 with cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([key, result]) + "\n")
+                    sources = own if wanted[key].guard == "kalmanguard" else ""
+                    file.write(json.dumps([key, result, sources]) + "\n")
             if sys.stderr.isatty():
                 print(f"\r{count} of {len(todo)} runs", end="\n" if count == len(todo) else "", file=sys.stderr)
     return found
+
+
+def _sources() -> str:
+    """Digest of kalmanguard's sources, on which its runs depend."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(kalmanguard.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _keyed(flight: Flight) -> tuple[str, Result]:

@@ -12,7 +12,8 @@ import numpy as np
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.flight import Flight, give_back
-from benchmarks.guards.peers import arc_version
+from benchmarks.guards import available, missing
+from benchmarks.harm import lost_steps
 from benchmarks.markdown import counts, number, spread, table
 from benchmarks.plants import fault_step
 from benchmarks.pool import fly_all
@@ -30,6 +31,8 @@ FAULTS = (
     ("weight_scale:1.5@{}", "weights x1.5", 1, None),
     ("batchnorm_poison:50@{}", "BatchNorm statistics x50", 1, "cnn"),
 )
+#: Guards whose figures are given fault by fault; the others are in the table of scores alone.
+DETAILED = ["none", "kalmanguard", "z-score", "clipping", "ARC"]
 #: Share of the progress whose loss counts as harm.
 HARM = 0.2
 _NULLS = 4
@@ -45,23 +48,24 @@ class Recovery(Benchmark):
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME", help="what is trained")
         parser.add_argument("--steps", type=int, default=STEPS, help="length of a run")
+        parser.add_argument("--guards", nargs="+", choices=available(), metavar="NAME", help="guards to compare")
 
     def run(self, options: argparse.Namespace) -> Result:
         seeds = range(options.seeds or (1 if options.quick else 3))
         recipes = ["mlp"] if options.quick else options.recipes
-        guards = ["none", "kalmanguard", "z-score", "clipping"]
-        version = arc_version()
-        if version is not None:
-            guards.append("ARC")
+        chosen = options.guards or (DETAILED if options.quick else [g for g in available() if "eps" not in g])
+        guards = list(dict.fromkeys(["none", "kalmanguard", *(g for g in chosen if g not in missing())]))
         cases = list(_cases(recipes, seeds, options.steps, guards))
         flights = [flight for case in cases for flight in case["flights"].values()]
         nulls = {(r, s): _nulls(r, s, options.steps) for r in recipes for s in seeds}
         flights += [flight for group in nulls.values() for flight in group]
+        flights += [_unharmed(r, s, options.steps, guard) for r in recipes for s in seeds for guard in guards]
         flown = fly_all(flights, processes=options.processes, cache=options.cache)
         return {
-            "arc": version,
+            "missing": missing(),
             "guards": guards,
             "cases": [_judge(case, flown) for case in cases],
+            "clean": [_judge_clean(recipe, seed, guards, options.steps, flown) for recipe in recipes for seed in seeds],
             "nulls": [
                 {"recipe": r, "seed": s, "ratios": [_ratio(flown[f.key], flown[_clean(f).key]) for f in group]}
                 for (r, s), group in nulls.items()
@@ -69,9 +73,7 @@ class Recovery(Benchmark):
         }
 
     def markdown(self, result: Result) -> str:
-        parts = []
-        if result["arc"] is None:
-            parts.append("The peer ARC is not installed, so it is not in the tables.")
+        parts = [*result["missing"].values(), _SCORE_LEGEND, _scores(result)]
         parts.append(
             "Final held-out loss over that of the clean twin, median / worst. *Harmful*: without a guard, the true "
             "loss gives back more than 20 % of the progress at some step. *Null*: nothing is wrong, but one random "
@@ -116,14 +118,14 @@ def _cases(recipes: Iterable[str], seeds: Iterable[int], steps: int, guards: lis
                                 guard=guard,
                                 faults=(notation.format(at),),
                                 place=100 * seed + place,
-                                truth=_truth_steps(at, steps) if guard == "none" else (),
+                                truth=_truth_steps(at, steps),
                             )
                             for guard in guards
                         }
                         | {
                             # Clipping changes the recipe, so it is held against a clean run that clips as well.
-                            "clean": Flight(recipe=recipe, seed=seed, steps=steps),
-                            "clean, clipping": Flight(recipe=recipe, seed=seed, steps=steps, guard="clipping"),
+                            "clean": _unharmed(recipe, seed, steps, "none"),
+                            "clean, clipping": _unharmed(recipe, seed, steps, "clipping"),
                         },
                     }
 
@@ -138,7 +140,12 @@ def _nulls(recipe: str, seed: int, steps: int) -> list[Flight]:
 
 
 def _clean(flight: Flight) -> Flight:
-    return Flight(recipe=flight.recipe, seed=flight.seed, steps=flight.steps)
+    return _unharmed(flight.recipe, flight.seed, flight.steps, "none")
+
+
+def _unharmed(recipe: str, seed: int, steps: int, guard: str) -> Flight:
+    truth = _truth_steps(fault_step(recipe, seed), steps)
+    return Flight(recipe=recipe, seed=seed, steps=steps, guard=guard, truth=truth)
 
 
 # --- what came of them ------------------------------------------------------------------------------------------------
@@ -161,8 +168,10 @@ def _judge(case: dict[str, Any], flown: dict[str, Result]) -> Result:
         events = run["events"]
         seen = next((e["step"] for e in events if e["step"] >= at), None)
         acted = next((e["step"] for e in events if e["step"] >= at and e["kind"] != "suspicion"), None)
+        twin_clean = results["clean, clipping" if guard == "clipping" else "clean"]
         judged["guards"][guard] = {
-            "ratio": _ratio(run, results["clean, clipping" if guard == "clipping" else "clean"]),
+            "lost_steps": lost_steps(run, twin_clean, since=at),
+            "ratio": _ratio(run, twin_clean),
             "suspected": seen,
             "acted": acted,
             "early": sum(e["step"] < at for e in events),
@@ -174,6 +183,69 @@ def _judge(case: dict[str, Any], flown: dict[str, Result]) -> Result:
             "words": [f"{e['step']}: {e['kind']}: {e['text']}" for e in events[:12]],
         }
     return judged
+
+
+def _judge_clean(recipe: str, seed: int, guards: list[str], steps: int, flown: dict[str, Result]) -> Result:
+    runs = {guard: flown[_unharmed(recipe, seed, steps, guard).key] for guard in guards}
+    bare = runs["none"]
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "guards": {
+            guard: {
+                "steps": run["ended"],
+                "alarms": len({event["step"] for event in run["events"]}),
+                "deeds": len({e["step"] for e in run["events"] if e["kind"] != "suspicion"}) + run["clips"],
+                "cpu_ratio": run["step_cpu_s"] / bare["step_cpu_s"],
+                "ratio": _ratio(run, bare),
+            }
+            for guard, run in runs.items()
+        },
+    }
+
+
+_SCORE_LEGEND = (
+    "All faults together. *Harm*: the true loss in excess of the clean twin's, as a share of the progress that the "
+    "twin has made, summed from the fault to the end of the run: steps' worth of an untrained model; of all runs, "
+    "relative to doing nothing. At most all progress counts in a step; a halted run keeps the state that it left. "
+    "*Worse than nothing*: runs with more harm than without a guard, by one step's worth at least. *Unseen*: "
+    "harmful runs seen later than two steps after the first harm, or never; *nothing done*: harmful runs without a "
+    "deed. *False alarms*, *false deeds* (vetoes, clips, rollbacks, halts): steps per 1,000 of clean runs. *Cost*: "
+    "processor time of a step over the bare run's in clean runs, median (least to most), other programs disturbing."
+)
+
+
+def _scores(result: Result) -> str:
+    cases = result["cases"]
+    harmful = [case for case in cases if case["harm_at"] is not None]
+    nothing = math.fsum(case["guards"]["none"]["lost_steps"] for case in cases)
+    rows: list[list[object]] = []
+    for guard in result["guards"]:
+        own = [case["guards"][guard] for case in cases]
+        harm = math.fsum(run["lost_steps"] for run in own)
+        worse = sum(case["guards"][guard]["lost_steps"] > case["guards"]["none"]["lost_steps"] + 1 for case in cases)
+        clean = [run["guards"][guard] for run in result["clean"]]
+        steps = sum(run["steps"] for run in clean)
+        idle = [_delay(case, guard, "acted") == math.inf and not case["guards"][guard]["clips"] for case in harmful]
+        costs = sorted(run["cpu_ratio"] for run in clean)
+        rows.append(
+            [
+                "no guard" if guard == "none" else guard,
+                number(harm),
+                f"{100 * harm / nothing:.1f} %" if nothing else "–",
+                worse,
+                sum(_delay(case, guard, "suspected") > 2 for case in harmful),
+                sum(idle),
+                *(number(1_000 * sum(run[key] for run in clean) / steps, 2) for key in ("alarms", "deeds")),
+                f"{number(costs[len(costs) // 2])} ({number(costs[0])} to {number(costs[-1])})",
+            ]
+        )
+    head = ["guard", "harm", "of doing nothing", "worse than nothing", "unseen", "nothing done", "false alarms"]
+    return table([*head, "false deeds", "cost"], rows)
+
+
+def _detailed(result: Result, *left_out: str) -> list[str]:
+    return [guard for guard in result["guards"] if guard in DETAILED and guard not in left_out]
 
 
 def _grouped(result: Result) -> dict[tuple[str, str], list[Result]]:
@@ -190,18 +262,19 @@ def _of(cases: list[Result], guard: str, what: Callable[[Result, Result], Any]) 
 def _outcomes(result: Result) -> str:
     rows: list[list[object]] = []
     groups = _grouped(result)
+    guards = _detailed(result)
     for recipe in dict.fromkeys(recipe for recipe, _ in groups):
         nulls = [ratio for null in result["nulls"] if null["recipe"] == recipe for ratio in null["ratios"]]
-        rows.append([f"**{recipe}**, null", len(nulls), "", spread(nulls), *[""] * (len(result["guards"]) - 1)])
+        rows.append([f"**{recipe}**, null", len(nulls), "", spread(nulls), *[""] * (len(guards) - 1)])
         for (owner, fault), cases in groups.items():
             if owner == recipe:
                 harmful = sum(case["harm_at"] is not None for case in cases)
-                ratios = [spread(_of(cases, guard, lambda _, run: run["ratio"])) for guard in result["guards"]]
+                ratios = [spread(_of(cases, guard, lambda _, run: run["ratio"])) for guard in guards]
                 rows.append([f"{recipe}, {fault}", len(cases), harmful, *ratios])
-    everything = [spread(_of(result["cases"], g, lambda _, run: run["ratio"])) for g in result["guards"]]
+    everything = [spread(_of(result["cases"], g, lambda _, run: run["ratio"])) for g in guards]
     harmful = sum(case["harm_at"] is not None for case in result["cases"])
     rows.append(["**all faults**", len(result["cases"]), harmful, *everything])
-    return table(["plant, fault", "runs", "harmful", *_names(result["guards"])], rows)
+    return table(["plant, fault", "runs", "harmful", *_names(guards)], rows)
 
 
 def _names(guards: list[str]) -> list[str]:
@@ -209,7 +282,7 @@ def _names(guards: list[str]) -> list[str]:
 
 
 def _delays(result: Result) -> str:
-    guards = [guard for guard in result["guards"] if guard not in ("none", "clipping")]
+    guards = _detailed(result, "none", "clipping")
     rows = []
     for (recipe, fault), cases in _grouped(result).items():
         harmful = [case for case in cases if case["harm_at"] is not None]
@@ -230,7 +303,7 @@ def _delay(case: Result, guard: str, what: str) -> float:
 
 
 def _deeds(result: Result) -> str:
-    guards = [guard for guard in result["guards"] if guard not in ("none", "clipping")]
+    guards = _detailed(result, "none", "clipping")
     rows = []
     for (recipe, fault), cases in _grouped(result).items():
         cells: list[object] = [f"{recipe}, {fault}"]
@@ -247,9 +320,7 @@ def _verdict(result: Result) -> str:
     cases = result["cases"]
     harmful = [case for case in cases if case["harm_at"] is not None]
     lines = []
-    for guard in result["guards"]:
-        if guard in ("none", "clipping"):
-            continue
+    for guard in _detailed(result, "none", "clipping"):
         late = [case for case in harmful if _delay(case, guard, "suspected") > 2]
         ignored = [case for case in harmful if _delay(case, guard, "acted") == math.inf]
         needless = [

@@ -7,7 +7,7 @@ from benchmarks.guards.frameworks import KillLossSpike, RerunChecks, SkipStep
 from benchmarks.guards.guard import Event, Guard
 from benchmarks.guards.own import Kalmanguard
 from benchmarks.guards.peers import Arc, Argus, arc_version, argus_version
-from benchmarks.guards.published import AliasedProbeGate, ProbeGate
+from benchmarks.guards.published import AliasedProbeGate, ProbeGate, TightAliasedProbeGate, TightProbeGate
 from benchmarks.guards.zscore import LossZScore, ZScore
 from kalmanguard.models import Plant
 
@@ -22,6 +22,8 @@ GUARDS: dict[str, type[Guard]] = {
     "ARC": Arc,
     "Or": ProbeGate,
     "Or, aliased": AliasedProbeGate,
+    "Or, eps 0.1": TightProbeGate,
+    "Or, eps 0.1, aliased": TightAliasedProbeGate,
     "ZClip": ZClip,
     "OLMo-core": SkipStep,
     "Megatron": RerunChecks,

@@ -30,8 +30,8 @@ class ZClip(Guard):
     Notes
     -----
     From the source: decay 0.97, ``z* = 2.5``, averages that start from the first 25 norms. The later default of its
-    repository, a fixed clip at 1.0 on top, is left out: `Clipping` shows that alone. Ours: nothing. A norm that is not
-    finite is not caught and makes the averages so; this is the published rule.
+    repository, a fixed clip at 1.0 on top, is left out: `Clipping` shows that alone. Ours: nothing. A norm that is NaN
+    passes and makes the averages NaN, after which nothing is clipped; this is the published rule.
 
     References
     ----------
@@ -55,7 +55,7 @@ class ZClip(Guard):
             return True
         deviation = math.sqrt(self._variance)
         z = (norm - self._mean) / (deviation + 1e-6)
-        if z > self._LIMIT and math.isfinite(z):
+        if z > self._LIMIT:
             allowed = self._mean + deviation * self._LIMIT**2 / z
             torch.nn.utils.clip_grad_norm_(self.plant.model.parameters(), allowed)
             self.note(step, "clip")

@@ -99,6 +99,18 @@ class AliasedProbeGate(ProbeGate):
         return moments
 
 
+class TightProbeGate(ProbeGate):
+    """The exact restore with ``eps`` = 0.1, which is ours: at 0.36 this replica's fault can pass unseen."""
+
+    EPSILON = 0.1
+
+
+class TightAliasedProbeGate(AliasedProbeGate):
+    """The aliased restore with ``eps`` = 0.1, which is ours."""
+
+    EPSILON = 0.1
+
+
 def aliases(optimizer: torch.optim.Optimizer, state: Any) -> bool:
     """Whether ``load_state_dict(state)`` left tensors in the optimizer that are the state's own."""
     held = {v.data_ptr() for own in optimizer.state.values() for v in own.values() if isinstance(v, Tensor)}

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.organic.plant import OrganicPlant
+from kalmanguard.models.chartransformer import CharTransformerPlant
 from kalmanguard.models.plant import untraced
-from models.chartransformer import CharTransformerPlant
-from models.recipe import OptimizerName
+from kalmanguard.models.recipe import OptimizerName
 
 
 class HotTransformer(CharTransformerPlant, OrganicPlant):

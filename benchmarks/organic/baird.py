@@ -6,15 +6,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from benchmarks.organic.plant import CPU, EXAMPLES, Drawn, RegressionPlant
-from models.stream import Batch, in_batches
+from kalmanguard.models.stream import Batch, in_batches
 
 _STATES, _DISCOUNT, _LR, _BATCH = 7, 0.99, 0.01, 16
 
 
 def _features() -> Tensor:
     """Rows are the features of the states: the first six share the last weight, the seventh doubles it."""
-    rows = torch.zeros(_STATES, _STATES + 1, dtype=torch.float64)
-    rows[:6, :6] = 2 * torch.eye(6, dtype=torch.float64)
+    rows = torch.zeros(_STATES, _STATES + 1)
+    rows[:6, :6] = 2 * torch.eye(6)
     rows[:6, 7] = 1
     rows[6, 6], rows[6, 7] = 1, 2
     return rows
@@ -23,7 +23,7 @@ def _features() -> Tensor:
 class _Value(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        start = torch.ones(_STATES + 1, dtype=torch.float64)
+        start = torch.ones(_STATES + 1)
         start[6] = 10
         self.weights = nn.Parameter(start)
 
@@ -55,10 +55,10 @@ class Baird(RegressionPlant):
             solid = torch.rand(_BATCH, generator=generator) < 1 / _STATES
             dashed = torch.randint(_STATES - 1, (_BATCH,), generator=generator)
             following = torch.where(solid, torch.tensor(_STATES - 1), dashed)
-            return torch.stack([rows[states], rows[following]], 1), _STATES * solid.double()
+            return torch.stack([rows[states], rows[following]], 1), _STATES * solid.float()
 
         states = rows[torch.arange(EXAMPLES) % _STATES]
-        whole = in_batches(states, torch.zeros(EXAMPLES, dtype=torch.float64), batch_size=EXAMPLES, device=CPU)
+        whole = in_batches(states, torch.zeros(EXAMPLES), batch_size=EXAMPLES, device=CPU)
         super().__init__(
             name="Baird",
             model=model,

@@ -72,10 +72,12 @@ class Organic(Benchmark):
 
 _LEGEND = {
     True: (
-        "True loss on examples that no guard sees, at the end over the start and over the best of the bare run; *seen* "
-        "and *acted*: steps at which kalmanguard first suspected and first did something; *saved*: the run ends with a "
-        "finite loss that lacks at most a quarter of the progress of the bare run's best, or, where the bare run never "
-        "progresses, that exceeds the start by at most a quarter. Median / worst over the seeds."
+        "*End / best*: true loss, on examples that no guard sees, at the end over the best of the bare run, below 1 "
+        "where a guarded run got further; *seen*, *acted*: steps at which kalmanguard first suspected and first did "
+        "something; *mean / bare*: mean true loss of the whole run over that of the bare one (at most the start's "
+        "counts); *saved*: the run ends with a finite loss that lacks at most a quarter of the progress of the bare "
+        "run's best, or, where the bare run never progresses, that exceeds the start by at most a quarter. Median / "
+        "worst over the seeds."
     ),
     False: (
         "*Left alone*: no veto, clip, rollback or halt; *end / bare*: true loss at the end over that of the bare run "

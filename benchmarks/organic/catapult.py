@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.organic.plant import CPU, EXAMPLES, RegressionPlant, Whole
 from kalmanguard.models.plant import initialised_with
-from models.stream import Batch, in_batches, seeded
+from kalmanguard.models.stream import Batch, in_batches, seeded
 
 _WIDTH = 512
 _RATES = (3.0, 2.2, 3.4, 2.6, 3.8)
@@ -18,8 +18,8 @@ _CALM_STEPS, _CALM_RATE = 150, 0.05
 class _TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.u = nn.Parameter(torch.randn(_WIDTH, dtype=torch.float64))
-        self.v = nn.Parameter(torch.randn(_WIDTH, dtype=torch.float64))
+        self.u = nn.Parameter(torch.randn(_WIDTH))
+        self.v = nn.Parameter(torch.randn(_WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs ``(B,)`` to ``f x``."""
@@ -51,10 +51,10 @@ class Catapult(RegressionPlant):
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
         factor = _CALM_RATE / _RATES[seed % len(_RATES)]
         scheduler = LambdaLR(optimizer, lambda step: factor if step < _CALM_STEPS else 1.0) if calm else None
-        inputs = torch.rand(EXAMPLES, generator=seeded(seed, 1), dtype=torch.float64) + 0.5
+        inputs = torch.rand(EXAMPLES, generator=seeded(seed, 1)) + 0.5
         inputs = inputs / inputs.square().mean().sqrt()
         whole = in_batches(inputs, torch.zeros_like(inputs), batch_size=EXAMPLES, device=CPU)
-        one = torch.ones(1, dtype=torch.float64)
+        one = torch.ones(1)
         super().__init__(
             name="catapult",
             model=model,

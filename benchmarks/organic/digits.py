@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import Optimizer
 
 from benchmarks.organic.plant import CPU, OrganicPlant, RegressionPlant, Whole
+from kalmanguard.models.digits import load_digits
 from kalmanguard.models.plant import initialised_with
-from models.digits import load_digits
-from models.stream import ShuffledStream, in_batches
+from kalmanguard.models.stream import ShuffledStream, in_batches
 
 
 class _Classifier(OrganicPlant):

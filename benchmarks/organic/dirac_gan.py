@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from benchmarks.organic.plant import CPU, EXAMPLES, RegressionPlant, Whole
-from models.stream import Batch, in_batches, seeded
+from kalmanguard.models.stream import Batch, in_batches, seeded
 
 _LR = 0.2
 _START = 0.1
@@ -18,8 +18,8 @@ _START = 0.1
 class _Players(nn.Module):
     def __init__(self, angle: float) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.tensor(_START * math.cos(angle), dtype=torch.float64))
-        self.psi = nn.Parameter(torch.tensor(_START * math.sin(angle), dtype=torch.float64))
+        self.theta = nn.Parameter(torch.tensor(_START * math.cos(angle)))
+        self.psi = nn.Parameter(torch.tensor(_START * math.sin(angle)))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Project the joint state on directions ``(B, 2)``; the mean square is its squared distance from 0."""
@@ -42,15 +42,15 @@ class DiracGAN(RegressionPlant):
 
     def __init__(self, *, seed: int, steps: int) -> None:
         model = _Players(2 * math.pi * float(torch.rand((), generator=seeded(seed, 0))))
-        turn = torch.arange(EXAMPLES, dtype=torch.float64) * (math.pi * (3 - math.sqrt(5)))  # evenly, in any prefix
+        turn = torch.arange(EXAMPLES) * (math.pi * (3 - math.sqrt(5)))  # evenly, in any prefix
         rows = math.sqrt(2) * torch.stack([turn.cos(), turn.sin()], 1)
-        whole = in_batches(rows, torch.zeros(EXAMPLES, dtype=torch.float64), batch_size=EXAMPLES, device=CPU)
+        whole = in_batches(rows, torch.zeros(EXAMPLES), batch_size=EXAMPLES, device=CPU)
         super().__init__(
             name="dirac GAN",
             model=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=_LR),
             scheduler=None,
-            loader=Whole(rows[:1], torch.zeros(1, dtype=torch.float64)),
+            loader=Whole(rows[:1], torch.zeros(1)),
             probe_loader=whole,
             held_out=whole,
         )

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.organic.plant import CPU, Drawn, RegressionPlant
 from kalmanguard.models.plant import initialised_with
-from models.stream import Batch, in_batches, seeded
+from kalmanguard.models.stream import Batch, in_batches, seeded
 
 _LENGTH, _HIDDEN, _BATCH = 60, 48, 32
 

@@ -69,7 +69,7 @@ def _died(seed: int) -> Result:
             passed = False
         fresh = _plant(seed + 1)
         try:
-            resumed = Supervisor.resume(folder, fresh.model, fresh.probe_loader, optimizer=fresh.optimizer)
+            resumed = Supervisor.resume(f"{folder}/run", fresh.model, fresh.probe_loader, optimizer=fresh.optimizer)
         except KalmanguardError as error:
             return {"passed": passed, "resumed_at": None, "why": str(error)}
         at = resumed.step

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from kalmanguard.models import Plant
-from models.stream import Batch, BatchStream, seeded
+from kalmanguard.models.stream import Batch, BatchStream, seeded
 
 #: Examples of a probe set: 128 for a supervisor, 256 for the truth that no guard sees.
 EXAMPLES = 384
