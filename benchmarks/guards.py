@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.plants import probe_loss
 from kalmanguard import Settings, Supervisor
 from kalmanguard.journal import JournalReader
 from kalmanguard.models import Plant
@@ -74,14 +75,15 @@ class ZScore(Guard):
         if self._kept and any(_is_outlier(v, seen) for v, seen in zip(now, self._seen, strict=True)):
             back, (weights, moments) = self._kept[0]
             plant.model.load_state_dict(weights)
-            plant.optimizer.load_state_dict(copy.deepcopy(moments))
+            for optimizer, state in zip(plant.optimizers, moments, strict=True):
+                optimizer.load_state_dict(copy.deepcopy(state))
             self.note(step, "rollback", back)
             return False
         for value, seen in zip(now, self._seen, strict=True):
             seen.append(value)
         if step % 20 == 0:
-            state = plant.model.state_dict(), plant.optimizer.state_dict()
-            self._kept.append((step - 1, copy.deepcopy(state)))
+            kept = plant.model.state_dict(), [optimizer.state_dict() for optimizer in plant.optimizers]
+            self._kept.append((step - 1, copy.deepcopy(kept)))
         return True
 
 
@@ -100,8 +102,9 @@ class Kalmanguard(Guard):
         self._supervisor = Supervisor(
             plant.model,
             plant.probe_loader,
-            optimizer=plant.optimizer,
-            scheduler=plant.scheduler,
+            optimizer=plant.optimizers,
+            scheduler=plant.schedulers,
+            loss_fn=probe_loss(plant),
             settings=Settings(on_halt="return", **changes),
             run_dir=self._folder.name,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from kalmanguard.models import Plant, load_plant
 from kalmanguard.models.plant import untraced
@@ -12,6 +14,8 @@ from kalmanguard.models.plant import untraced
 #: Examples at the head of the probe loader that a supervisor probes by default; the truth uses others.
 _PROBED = 128
 _TRUTH = 256
+
+_JUDGED_BY_OWN = ("gan", "cartpole")
 
 #: Name of a recipe: registered plant and its options.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,6 +39,11 @@ def make_plant(recipe: str, *, seed: int, steps: int) -> Plant:
     """Make the plant of a recipe; ``steps`` is the length of its schedule, where it has one."""
     name, options = RECIPES[recipe]
     return load_plant(name)(seed=seed, steps=steps, **options)
+
+
+def probe_loss(plant: Plant) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What a user passes as ``loss_fn``: nothing where the supervisor can infer it."""
+    return plant.loss_fn if plant.name in _JUDGED_BY_OWN else None
 
 
 def fault_step(recipe: str, seed: int) -> int:
@@ -63,6 +72,6 @@ class Truth:
         total = examples = 0.0
         with untraced(self._plant.model):
             for inputs, targets in self._batches:
-                total += float(self._plant.loss_fn(self._plant.model(inputs), targets)) * len(targets)
+                total += float(self._plant.loss_fn(self._plant.model(inputs), targets).mean()) * len(targets)
                 examples += len(targets)
         return total / examples
