@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "chartransformer, warm restarts": ("chartransformer", {"size": "small", "schedule": "warm-restarts"}),
     "chartransformer, warm-up cosine": ("chartransformer", {"size": "small", "schedule": "warmup-cosine"}),
     "chartransformer base": ("chartransformer", {"size": "base"}),
+    "resnet": ("resnet", {}),
 }
 
 

@@ -249,7 +249,7 @@ def test_interventions_as_exceptions_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "resnet"), "choose one of chartransformer, cnn, mlp, quadratic"),
+        (("run", "jet"), "choose one of c"),
         (("run", "mlp", "--fault", "gremlin@3"), "the kinds are nan_gradient"),
         (("run", "mlp", "--fault", "nan_gradient"), "write KIND"),
         (("run", "mlp", "--fault", "nan_gradient@500", "--steps", 400), "due at step 500, but the run ends after 400"),
@@ -258,7 +258,7 @@ def test_interventions_as_exceptions_end_the_run(tmp_path: Path) -> None:
         (("run", "quadratic", "--batch-size", 4), "has no option 'batch_size'"),
         (("run", "mlp", "--optimizer", "lbfgs"), "choose adamw or sgd"),
         (("run", "mlp", "--run-dir", "/proc/nowhere/run"), "/proc/nowhere"),
-        (("demo", "--plant", "resnet"), "choose one of chartransformer"),
+        (("demo", "--plant", "jet"), "choose one of c"),
         (("demo", "--out", "/proc/nowhere"), "/proc/nowhere"),
         (("show", "nowhere"), "no journal"),
         (("verify", "nowhere"), "no journal"),
