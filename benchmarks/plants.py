@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "chartransformer, warm-up cosine": ("chartransformer", {"size": "small", "schedule": "warmup-cosine"}),
     "chartransformer base": ("chartransformer", {"size": "base"}),
     "resnet": ("resnet", {}),
+    "unet": ("unet", {}),
 }
 
 

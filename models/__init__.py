@@ -8,6 +8,7 @@ from .mlp import MLP, MLPPlant
 from .plant import Plant, load_plant, plant_names
 from .quadratic import HeavyBall, QuadraticPlant
 from .resnet import ResNet, ResNetPlant
+from .unet import UNet, UNetPlant
 
 __all__ = [
     "CNN",
@@ -21,6 +22,8 @@ __all__ = [
     "QuadraticPlant",
     "ResNet",
     "ResNetPlant",
+    "UNet",
+    "UNetPlant",
     "load_plant",
     "plant_names",
 ]
