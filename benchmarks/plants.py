@@ -34,6 +34,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "chartransformer base": ("chartransformer", {"size": "base"}),
     "resnet": ("resnet", {}),
     "unet": ("unet", {}),
+    "rnn": ("rnn", {}),
 }
 
 

@@ -8,11 +8,13 @@ from .mlp import MLP, MLPPlant
 from .plant import Plant, load_plant, plant_names
 from .quadratic import HeavyBall, QuadraticPlant
 from .resnet import ResNet, ResNetPlant
+from .rnn import RNN, RNNPlant
 from .unet import UNet, UNetPlant
 
 __all__ = [
     "CNN",
     "MLP",
+    "RNN",
     "CNNPlant",
     "CharTransformer",
     "CharTransformerPlant",
@@ -20,6 +22,7 @@ __all__ = [
     "MLPPlant",
     "Plant",
     "QuadraticPlant",
+    "RNNPlant",
     "ResNet",
     "ResNetPlant",
     "UNet",

@@ -18,6 +18,7 @@ from .stream import Batch, BatchStream, in_batches, seeded
 CellName = Literal["gru", "irnn"]
 
 _PROBE, _HELD_OUT = 1, 2
+_RATES = {"gru": (3e-3, 0.3), "irnn": (1e-3, 0.01)}  # of AdamW and of SGD
 _EXAMPLES = 512  # each, in the probe and held out
 
 
@@ -55,7 +56,7 @@ class RNN(nn.Module):
 
 
 class RNNPlant(Plant):
-    """`RNN` on the adding task: the sum of the two marked ones among ``length`` random numbers.
+    """`RNN` on the adding task: the sum of the two marked ones among ``length`` random numbers; 13,121 parameters.
 
     Every step has a number from [0, 1) and a mark, and two marks are set, one in either half of the sequence. Always to
     answer with the mean costs 1/6, and the loss stays near that until the network has learned to remember. Sequences
@@ -77,7 +78,7 @@ class RNNPlant(Plant):
     optimizer
         ``"adamw"`` or ``"sgd"``.
     lr
-        Learning rate; by default 3e-3 for AdamW and 0.01 for SGD.
+        Learning rate; by default 3e-3 for AdamW and 0.3 for SGD, and with ``"irnn"`` 1e-3 and 0.01.
     momentum
         Heavy-ball coefficient of SGD; AdamW ignores it.
     schedule, steps
@@ -89,6 +90,16 @@ class RNNPlant(Plant):
     ------
     ConfigurationError
         An option is out of range.
+
+    Notes
+    -----
+    Held-out loss, seeds 0, 1 and 2, from 1.02, 1.07, 1.12: 0.16 until some 200 steps, 0.0050, 0.0044, 0.0073 after 400
+    and 0.0004, 0.0003, 0.0005 after 1,000 (``kalmanguard run rnn --seed 0``). A step takes 5 ms on one core. SGD needs
+    some 1,000 steps.
+
+    The identity network stays near 1/6 for some 1,500 steps of AdamW and then learns. It is unstable by itself in
+    ``RNNPlant(cell="irnn", length=100, optimizer="sgd")``: within 11 steps the training loss exceeds 1e6 (seeds 0, 1
+    and 2), after which no unit is ever active again and the answer is always the mean, while the loss looks healthy.
 
     References
     ----------
@@ -121,7 +132,7 @@ class RNNPlant(Plant):
         place = torch.device(device)
         with initialised_with(seed):
             model = RNN(cell=cell).to(place)
-        lr = lr if lr is not None else 3e-3 if optimizer == "adamw" else 0.01
+        lr = lr if lr is not None else _RATES[cell][optimizer == "sgd"]
         trainer = make_optimizer(model.parameters(), optimizer, lr=lr, momentum=momentum)
         probe = _additions(_EXAMPLES, length, seeded(1_997, _PROBE, length))
         held_out = _additions(_EXAMPLES, length, seeded(1_997, _HELD_OUT, length))
