@@ -35,6 +35,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("resnet", {}),
     "unet": ("unet", {}),
     "rnn": ("rnn", {}),
+    "gan": ("gan", {}),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .chartransformer import CharTransformer, CharTransformerPlant
 from .cnn import CNN, CNNPlant
+from .gan import GAN, GANPlant
 from .mlp import MLP, MLPPlant
 from .plant import Plant, load_plant, plant_names
 from .quadratic import HeavyBall, QuadraticPlant
@@ -13,11 +14,13 @@ from .unet import UNet, UNetPlant
 
 __all__ = [
     "CNN",
+    "GAN",
     "MLP",
     "RNN",
     "CNNPlant",
     "CharTransformer",
     "CharTransformerPlant",
+    "GANPlant",
     "HeavyBall",
     "MLPPlant",
     "Plant",
