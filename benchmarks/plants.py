@@ -36,6 +36,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "unet": ("unet", {}),
     "rnn": ("rnn", {}),
     "gan": ("gan", {}),
+    "cartpole": ("cartpole", {}),
 }
 
 

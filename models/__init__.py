@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cartpole import ActorCritic, CartPolePlant
 from .chartransformer import CharTransformer, CharTransformerPlant
 from .cnn import CNN, CNNPlant
 from .gan import GAN, GANPlant
@@ -17,7 +18,9 @@ __all__ = [
     "GAN",
     "MLP",
     "RNN",
+    "ActorCritic",
     "CNNPlant",
+    "CartPolePlant",
     "CharTransformer",
     "CharTransformerPlant",
     "GANPlant",

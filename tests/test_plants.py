@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import sysconfig
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.models import (
+    CartPolePlant,
     CharTransformerPlant,
     CNNPlant,
     GANPlant,
@@ -37,7 +39,17 @@ from kalmanguard.models.digits import load_digits
 from kalmanguard.models.recipe import make_schedule
 from kalmanguard.models.stdlib_text import VOCABULARY, load_text, windows
 
-PLANTS = [MLPPlant, CNNPlant, CharTransformerPlant, QuadraticPlant, ResNetPlant, UNetPlant, RNNPlant, GANPlant]
+PLANTS = [
+    MLPPlant,
+    CNNPlant,
+    CharTransformerPlant,
+    QuadraticPlant,
+    ResNetPlant,
+    UNetPlant,
+    RNNPlant,
+    GANPlant,
+    CartPolePlant,
+]
 
 
 def train(plant: Plant, steps: int) -> list[float]:
@@ -52,7 +64,7 @@ def random_states() -> tuple[object, ...]:
     ("make", "options", "steps", "below"),
     [
         # Fraction of the initial held-out loss; measured at most 0.087, 0.092, 0.086, 0.031, 0.022, 0.590, 0.586, 1e-6
-        # and, of the later ones, 0.120, 0.101, 0.310, 0.397, 0.033, 0.510.
+        # and, of the later ones, 0.120, 0.101, 0.310, 0.397, 0.033, 0.510, 0.375.
         (MLPPlant, {}, 150, 0.1),
         (MLPPlant, {"optimizer": "sgd"}, 150, 0.1),
         (MLPPlant, {"optimizer": "sgd", "momentum": 0.0, "batch_size": 8}, 300, 0.15),
@@ -67,6 +79,7 @@ def random_states() -> tuple[object, ...]:
         (UNetPlant, {"optimizer": "sgd"}, 60, 0.45),
         (RNNPlant, {}, 300, 0.06),
         (GANPlant, {}, 100, 0.55),
+        (CartPolePlant, {}, 25, 0.5),
     ],
 )
 def test_plant_learns(make: type[Plant], options: dict[str, object], steps: int, below: float) -> None:
@@ -296,6 +309,48 @@ def test_both_optimizers_of_the_gan_step_and_follow_their_schedules() -> None:
     assert "2 x AdamW at 0.001" in plant.describe()
 
 
+def test_regret_tells_a_policy_that_balances_from_a_broken_one() -> None:
+    plant = CartPolePlant(seed=0)
+    assert plant.mean_length(16) < 50
+    train(plant, 50)
+    assert plant.mean_length(16) > 300
+    assert plant.held_out_loss() < 0.15
+    last = plant.model.actor[-1]
+    kept = last.bias.detach().clone()
+    with torch.no_grad():
+        last.bias += torch.tensor([100.0, -100.0])  # always to the left
+        assert plant.mean_length(16) < 15
+        assert plant.held_out_loss() == pytest.approx(0.5, abs=0.05)
+        last.bias.copy_(kept)
+        last.weight.neg_()
+        last.bias.neg_()
+        assert plant.mean_length(16) < 15
+        assert plant.held_out_loss() > 0.8
+
+
+def test_episodes_are_those_of_the_present_policy_with_the_returns_that_came_of_it() -> None:
+    plant = CartPolePlant(seed=0, batch_size=2)
+    state = plant.loader.state_dict()
+    states, targets = next(plant.loader)
+    actions, returns = targets.unbind(1)
+    assert states.shape == (len(targets), 4)
+    assert set(actions.tolist()) <= {0.0, 1.0}
+    lengths = {n for n in range(1, len(returns)) if returns.max() == pytest.approx((1 - 0.99**n) / 0.01, rel=1e-4)}
+    assert lengths  # the longer episode's first return is a geometric sum of its length
+    assert float(returns.min()) == 1.0
+    with torch.no_grad():
+        for parameter in plant.model.actor.parameters():
+            parameter.neg_()
+    plant.loader.load_state_dict(state)
+    assert next(plant.loader)[0].shape != states.shape or not torch.equal(plant.loader.batch(0)[0], states)
+
+
+def test_cartpole_without_gymnasium_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(ConfigurationError, match=r"needs gymnasium, .*kalmanguard\[rl\]"):
+        CartPolePlant()
+
+
 def test_sequences_to_add_have_one_mark_in_either_half() -> None:
     plant = RNNPlant(seed=0, length=9)
     for sequences, sums in (next(plant.loader), *plant.probe_loader):
@@ -336,6 +391,7 @@ def test_identity_network_begins_as_one_and_explodes_by_itself() -> None:
         (ResNetPlant, {"blocks": 2}, 170_000, 180_000),
         (UNetPlant, {}, 120_697, 120_697),
         (GANPlant, {}, 52_161, 52_161),
+        (CartPolePlant, {}, 9_155, 9_155),
         (RNNPlant, {}, 13_121, 13_121),
         (RNNPlant, {"cell": "irnn"}, 4_417, 4_417),
     ],
@@ -500,8 +556,9 @@ def test_bad_options_are_refused(make: type[Plant], options: dict[str, object], 
 
 
 def test_installed_plants_are_found_by_name() -> None:
-    assert {"mlp", "cnn", "chartransformer", "quadratic"} <= set(plant_names())
-    for name in ("mlp", "cnn", "chartransformer", "quadratic"):
+    names = {"mlp", "cnn", "chartransformer", "quadratic", "resnet", "unet", "rnn", "gan", "cartpole"}
+    assert names <= set(plant_names())
+    for name in names:
         plant = load_plant(name)(seed=1)
         assert plant.name == name
         assert math.isfinite(plant.step_loss(next(plant.loader)).item())
