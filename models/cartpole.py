@@ -134,7 +134,8 @@ class CartPolePlant(Plant):
         logs = log_softmax(output[:, :2], 1)
         policy = -(advantages * logs.gather(1, actions.long()[:, None])[:, 0]).mean()
         entropy = -(logs.exp() * logs).sum(1).mean()
-        return policy + _VALUE_WEIGHT * mse_loss(values, scaled) - _ENTROPY_WEIGHT * entropy
+        loss: Tensor = policy + _VALUE_WEIGHT * mse_loss(values, scaled) - _ENTROPY_WEIGHT * entropy
+        return loss
 
     def mean_length(self, episodes: int = 64) -> float:
         """Mean length of evaluation episodes, at most 500: seeds of their own, and always the likelier push."""

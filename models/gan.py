@@ -136,7 +136,8 @@ class GANPlant(Plant):
         apart = torch.linalg.vector_norm(output - target[:, None], dim=2).mean(1)
         samples = output.shape[1]
         spread = torch.cdist(output, output, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2))
-        return apart - spread / (2 * samples * (samples - 1))
+        scores: Tensor = apart - spread / (2 * samples * (samples - 1))
+        return scores
 
     def step_loss(self, batch: Batch) -> Tensor:
         """Sum of the losses of both networks; neither has a gradient with respect to the other's parameters."""

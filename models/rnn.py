@@ -41,11 +41,11 @@ class RNN(nn.Module):
             self.recur = nn.GRU(2, hidden, batch_first=True)
         else:
             self.recur = nn.RNN(2, hidden, nonlinearity="relu", batch_first=True)
-            with torch.no_grad():
-                self.recur.weight_hh_l0.copy_(torch.eye(hidden))
-                self.recur.weight_ih_l0.normal_(std=1e-3)
-                self.recur.bias_ih_l0.zero_()
-                self.recur.bias_hh_l0.zero_()
+            weights = dict(self.recur.named_parameters())
+            nn.init.eye_(weights["weight_hh_l0"])
+            nn.init.normal_(weights["weight_ih_l0"], std=1e-3)
+            nn.init.zeros_(weights["bias_ih_l0"])
+            nn.init.zeros_(weights["bias_hh_l0"])
         self.head = nn.Linear(hidden, 1)
 
     def forward(self, sequences: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class RNNPlant(Plant):
 
     The identity network stays near 1/6 for some 1,500 steps of AdamW and then learns. It is unstable by itself in
     ``RNNPlant(cell="irnn", length=100, optimizer="sgd")``: within 11 steps the training loss exceeds 1e6 (seeds 0, 1
-    and 2), after which no unit is ever active again and the answer is always the mean, while the loss looks healthy.
+    and 2), after which no unit is ever active again and the answer is always the mean: the loss then looks like that of the plateau.
 
     References
     ----------
