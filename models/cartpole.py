@@ -57,9 +57,9 @@ class CartPolePlant(Plant):
     between both pushes by a multiple of :math:`k^T s`. The reference has 0, chance and a constant push have 1/2, the
     opposite of the reference has 1.
 
-    It tells a policy that balances from one that was destroyed, but not a good one from a very good one: between
-    policies that keep the pole up for 200 and for 500 steps, the regret does not decide. It does not see states outside
-    the box, nor the value, so that damage to the critic shows only through what the policy learns from it.
+    It tells a policy that balances from one that was destroyed, but does not rank good ones: policies of regret 0.07
+    were seen to keep the pole up for 220 steps and for 402. It does not see states outside the box, nor the value, so
+    that damage to the critic shows only through what the policy learns from it.
 
     Parameters
     ----------
@@ -82,6 +82,12 @@ class CartPolePlant(Plant):
     ------
     ConfigurationError
         gymnasium is not installed, or an option is out of range.
+
+    Notes
+    -----
+    Held-out loss, seeds 0, 1 and 2, from 0.52, 0.51, 0.49: 0.16, 0.16, 0.12 after 25 steps and 0.064, 0.095, 0.081
+    after 50. From then on nearly all training episodes reach their limit, standardised advantages are mostly noise, and
+    the policy wanders: its regret goes up and down between 0.02 and 0.1, which a supervisor may take for damage.
 
     References
     ----------

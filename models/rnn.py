@@ -99,7 +99,7 @@ class RNNPlant(Plant):
 
     The identity network stays near 1/6 for some 1,500 steps of AdamW and then learns. It is unstable by itself in
     ``RNNPlant(cell="irnn", length=100, optimizer="sgd")``: within 11 steps the training loss exceeds 1e6 (seeds 0, 1
-    and 2), after which no unit is ever active again and the answer is always the mean: the loss then looks like that of the plateau.
+    and 2), after which no unit is active any more and the answer is always the mean: the loss looks like the plateau's.
 
     References
     ----------

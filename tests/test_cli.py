@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -241,6 +242,19 @@ def test_interventions_as_exceptions_end_the_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 4, result.output
     assert parsed(result)["steps_done"] == 41
+
+
+@pytest.mark.parametrize(("plant", "at"), [("gan", 61), ("cartpole", 41)])
+def test_plants_with_another_loop_are_supervised_as_well(plant: str, at: int, tmp_path: Path) -> None:
+    result = call(
+        "run", plant, "--steps", at + 4, "--fault", f"nan_gradient@{at}", "--run-dir", tmp_path / "run", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    summary = parsed(result)
+    assert summary["steps_done"] == at + 4
+    assert [event["step"] for event in summary["events"] if event["action"] == "VETO"] == [at]
+    assert math.isfinite(summary["held_out_loss"])
+    assert summary["statistics"]["errors"] == 0
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
