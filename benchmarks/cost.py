@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.markdown import number, table
-from benchmarks.plants import make_plant
+from benchmarks.plants import make_plant, probe_loss
 from kalmanguard import Engine, Measurement, ProbeReading, Settings, Supervisor
 from kalmanguard.models import Plant
 
@@ -123,7 +123,7 @@ def interleave(recipe: str, steps: int, seed: int) -> Result:
     gc.collect()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        supervisor = Supervisor(flown.model, flown.probe_loader, optimizer=flown.optimizer, run_dir=Path(folder))
+        supervisor = _supervise(flown, Path(folder))
         start_s = time.perf_counter() - started
         totals = {"bare": 0.0, "supervised": 0.0}
         own = everywhere = 0.0
@@ -154,13 +154,16 @@ def interleave(recipe: str, steps: int, seed: int) -> Result:
     }
 
 
+def _supervise(plant: Plant, folder: Path) -> Supervisor:
+    return Supervisor(
+        plant.model, plant.probe_loader, optimizer=plant.optimizers, loss_fn=probe_loss(plant), run_dir=folder
+    )
+
+
 def _step(plant: Plant, batch: Any, supervisor: Supervisor | None) -> None:
-    loss = plant.step_loss(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    plant.optimizer.step()
+    loss = plant.train_step(batch)
     if supervisor is not None:
         supervisor.update(loss)
-    plant.optimizer.zero_grad()
 
 
 def engine_step(rounds: int) -> dict[str, float]:
@@ -213,7 +216,7 @@ def profile(recipe: str, steps: int) -> list[tuple[str, float, float]]:
     profiler = cProfile.Profile()
     with (
         tempfile.TemporaryDirectory() as folder,
-        Supervisor(plant.model, plant.probe_loader, optimizer=plant.optimizer, run_dir=folder) as supervisor,
+        _supervise(plant, Path(folder)) as supervisor,
     ):
         for step in range(_DISCARDED + steps):
             if step == _DISCARDED:

@@ -95,7 +95,8 @@ class _Loop:
         injector = FaultInjector.parse(flight.faults, seed=flight.place)
         guard = make_guard(flight.guard, plant)
         if flight.rates:
-            plant.optimizer.register_step_pre_hook(self._see_rates)
+            for optimizer in plant.optimizers:
+                optimizer.register_step_pre_hook(self._see_rates)
         self._gauge(0)
         wanted, kept = set(flight.truth), set(flight.held_out)
         step = 0
@@ -138,17 +139,13 @@ class _Loop:
         plant, flight = self.plant, self.flight
         if step == flight.skip:
             next(plant.loader)
-        loss = plant.step_loss(injector.draw(next(plant.loader)))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = plant.backward(injector.draw(next(plant.loader)))
         seen = len(guard.events)
         admitted = guard.admits(step, loss)
         if not admitted:
             # A step without gradients changes nothing, and the injector's clock goes on.
-            plant.optimizer.zero_grad()
-        plant.optimizer.step()
-        plant.optimizer.zero_grad()
-        if plant.scheduler is not None:
-            plant.scheduler.step()
+            plant.model.zero_grad()
+        plant.step()
         self.live += admitted
         return loss, seen
 

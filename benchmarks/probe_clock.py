@@ -89,11 +89,7 @@ def record(recipe: str, seed: int) -> dict[str, Any]:
     losses, speeds = [probe.read().losses], [0.0]
     for _ in range(steps):
         rate = plant.optimizer.param_groups[0]["lr"]
-        plant.step_loss(next(plant.loader)).backward()  # type: ignore[no-untyped-call]
-        plant.optimizer.step()
-        plant.optimizer.zero_grad()
-        if plant.scheduler is not None:
-            plant.scheduler.step()
+        plant.train_step(next(plant.loader))
         present = sketch()
         speeds.append(rate * state.length)
         if rate > 0:

@@ -156,9 +156,7 @@ def resolution(seed: int, *, repeated: bool, before: int = 100, steps: int = 60)
             plant.optimizer.param_groups[0]["lr"] = _FINE_TUNING_RATE
         if step < before or not repeated:
             batch = next(plant.loader)
-        plant.step_loss(batch).backward()  # type: ignore[no-untyped-call]
-        plant.optimizer.step()
-        plant.optimizer.zero_grad()
+        plant.train_step(batch)
         if step >= before:
             present = sketch()
             exact = torch.cat([p.detach().flatten().double() for p in plant.model.parameters()])

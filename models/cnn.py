@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .digits import load_digits
+from .digits import as_images, load_digits
 from .plant import Plant, initialised_with
 from .recipe import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from .stream import ShuffledStream, in_batches
@@ -75,7 +75,7 @@ class CNNPlant(Plant):
         place = torch.device(device)
         digits = load_digits()
         loader = ShuffledStream(
-            _images(digits.train_inputs), digits.train_targets, seed=seed, batch_size=batch_size, device=place
+            as_images(digits.train_inputs), digits.train_targets, seed=seed, batch_size=batch_size, device=place
         )
         with initialised_with(seed):
             model = CNN().to(place)
@@ -87,8 +87,10 @@ class CNNPlant(Plant):
             optimizer=trainer,
             scheduler=make_schedule(trainer, schedule, steps=steps),
             loader=loader,
-            probe_loader=in_batches(_images(digits.probe_inputs), digits.probe_targets, batch_size=128, device=place),
-            held_out=in_batches(_images(digits.held_out_inputs), digits.held_out_targets, batch_size=512, device=place),
+            probe_loader=in_batches(as_images(digits.probe_inputs), digits.probe_targets, batch_size=128, device=place),
+            held_out=in_batches(
+                as_images(digits.held_out_inputs), digits.held_out_targets, batch_size=512, device=place
+            ),
         )
 
     def loss_fn(self, output: Tensor, target: Tensor) -> Tensor:
@@ -98,7 +100,3 @@ class CNNPlant(Plant):
 
 def _block(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module, nn.Module]:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-
-
-def _images(rows: Tensor) -> Tensor:
-    return rows.view(-1, 1, 8, 8)

@@ -43,3 +43,8 @@ def load_digits() -> Digits:
     return Digits(
         inputs[:N_TRAIN], targets[:N_TRAIN], inputs[N_TRAIN:end], targets[N_TRAIN:end], inputs[end:], targets[end:]
     )
+
+
+def as_images(rows: Tensor) -> Tensor:
+    """View rows of 64 pixels ``(N, 64)`` as images ``(N, 1, 8, 8)``."""
+    return rows.view(-1, 1, 8, 8)

@@ -20,9 +20,14 @@ _WARMUP_FRAC = 0.1  # of the schedule's length
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], name: OptimizerName, *, lr: float, momentum: float
+    parameters: Iterable[nn.Parameter],
+    name: OptimizerName,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """Make AdamW (weight decay 0.01) or SGD with heavy-ball momentum (no weight decay).
+    """Make AdamW (weight decay 0.01, moments that decay by ``betas``) or SGD with heavy-ball momentum (no decay).
 
     Raises
     ------
@@ -34,7 +39,7 @@ def make_optimizer(
     if not 0 <= momentum < 1:
         raise ConfigurationError(f"momentum = {momentum} is outside [0, 1).")
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.01)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
     raise ConfigurationError(f"There is no optimizer {name!r} for plants; choose adamw or sgd.")

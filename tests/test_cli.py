@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -243,13 +244,26 @@ def test_interventions_as_exceptions_end_the_run(tmp_path: Path) -> None:
     assert parsed(result)["steps_done"] == 41
 
 
+@pytest.mark.parametrize(("plant", "at"), [("gan", 61), ("cartpole", 41)])
+def test_plants_with_another_loop_are_supervised_as_well(plant: str, at: int, tmp_path: Path) -> None:
+    result = call(
+        "run", plant, "--steps", at + 4, "--fault", f"nan_gradient@{at}", "--run-dir", tmp_path / "run", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    summary = parsed(result)
+    assert summary["steps_done"] == at + 4
+    assert [event["step"] for event in summary["events"] if event["action"] == "VETO"] == [at]
+    assert math.isfinite(summary["held_out_loss"])
+    assert summary["statistics"]["errors"] == 0
+
+
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "resnet"), "choose one of chartransformer, cnn, mlp, quadratic"),
+        (("run", "jet"), "choose one of c"),
         (("run", "mlp", "--fault", "gremlin@3"), "the kinds are nan_gradient"),
         (("run", "mlp", "--fault", "nan_gradient"), "write KIND"),
         (("run", "mlp", "--fault", "nan_gradient@500", "--steps", 400), "due at step 500, but the run ends after 400"),
@@ -258,7 +272,7 @@ def test_interventions_as_exceptions_end_the_run(tmp_path: Path) -> None:
         (("run", "quadratic", "--batch-size", 4), "has no option 'batch_size'"),
         (("run", "mlp", "--optimizer", "lbfgs"), "choose adamw or sgd"),
         (("run", "mlp", "--run-dir", "/proc/nowhere/run"), "/proc/nowhere"),
-        (("demo", "--plant", "resnet"), "choose one of chartransformer"),
+        (("demo", "--plant", "jet"), "choose one of c"),
         (("demo", "--out", "/proc/nowhere"), "/proc/nowhere"),
         (("show", "nowhere"), "no journal"),
         (("verify", "nowhere"), "no journal"),

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.guards.guard import Guard
+from benchmarks.plants import probe_loss
 from kalmanguard import Settings, Supervisor
 from kalmanguard.journal import JournalReader
 from kalmanguard.models import Plant
@@ -24,8 +25,9 @@ class Kalmanguard(Guard):
         self._supervisor = Supervisor(
             plant.model,
             plant.probe_loader,
-            optimizer=plant.optimizer,
-            scheduler=plant.scheduler,
+            optimizer=plant.optimizers,
+            scheduler=plant.schedulers,
+            loss_fn=probe_loss(plant),
             settings=Settings(on_halt="return", **changes),
             run_dir=self._folder.name,
         )

@@ -70,7 +70,7 @@ class ProbeGate(Guard):
 
     def _look(self) -> float:
         with untraced(self.plant.model):
-            parts = [(self.plant.loss_fn(self.plant.model(x), y), len(y)) for x, y in self._probe]
+            parts = [(self.plant.loss_fn(self.plant.model(x), y).mean(), len(y)) for x, y in self._probe]
         value = sum(float(loss) * count for loss, count in parts) / sum(count for _, count in parts)
         return value if math.isfinite(value) else math.nan
 

@@ -32,13 +32,14 @@ class ZScore(Guard):
         if self._kept and any(_is_outlier(v, values) for v, values in zip(now.values(), seen, strict=True)):
             back, (weights, moments) = self._kept[0]
             plant.model.load_state_dict(weights)
-            plant.optimizer.load_state_dict(copy.deepcopy(moments))
+            for optimizer, state in zip(plant.optimizers, moments, strict=True):
+                optimizer.load_state_dict(copy.deepcopy(state))
             self.note(step, "rollback", back)
             return False
         for value, values in zip(now.values(), seen, strict=True):
             values.append(value)
         if step % 20 == 0:
-            state = plant.model.state_dict(), plant.optimizer.state_dict()
+            state = plant.model.state_dict(), [optimizer.state_dict() for optimizer in plant.optimizers]
             self._kept.append((step - 1, copy.deepcopy(state)))
         return True
 

@@ -12,6 +12,7 @@ from kalmanguard.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 GROUP = "kalmanguard.plants"
 
@@ -20,16 +21,16 @@ class Plant(Protocol):
     """What a command needs of a plant: a model with its data and its recipe, ready to train."""
 
     model: nn.Module
-    optimizer: Optimizer
-    scheduler: Any
+    optimizers: list[Optimizer]
+    schedulers: list[LRScheduler]
     loader: Iterator[Any]
     probe_loader: Iterable[Any]
 
     def loss_fn(self, output: Any, target: Any) -> Tensor:
-        """Mean loss of a batch."""
+        """Loss of a probe batch: the mean, or one for each example."""
 
-    def step_loss(self, batch: Any) -> Tensor:
-        """Forward pass and loss of one training batch."""
+    def train_step(self, batch: Any) -> Tensor:
+        """Train on one batch: backward pass, optimizers, schedules; returns the training loss."""
 
     def held_out_loss(self) -> float:
         """Mean loss on a split that neither training nor the probe ever sees."""

@@ -35,7 +35,7 @@ class Lane:
     plant
         What is trained.
     faults
-        What happens to it, in the notation of `FaultInjector.parse`.
+        What happens to it, in the notation of `FaultInjector.parse`; faults in an optimizer strike the plant's first.
     seed
         Of the faults and of torch's global generator.
     settings
@@ -76,13 +76,13 @@ class Lane:
         self._random_state = torch.Generator().manual_seed(seed).get_state()
         self._open = ExitStack()
         try:
-            self._open.enter_context(self.injector.attach(plant.model, plant.optimizer))
+            self._open.enter_context(self.injector.attach(plant.model, plant.optimizers[0]))
             if settings is not None:
                 self.supervisor = Supervisor(
                     plant.model,
                     plant.probe_loader,
-                    optimizer=plant.optimizer,
-                    scheduler=plant.scheduler,
+                    optimizer=plant.optimizers,
+                    scheduler=plant.schedulers,
                     loader=plant.loader,
                     loss_fn=plant.loss_fn,
                     settings=settings,
@@ -122,16 +122,10 @@ class Lane:
         return decision
 
     def _train(self) -> torch.Tensor:
-        plant = self.plant
-        loss = plant.step_loss(self.injector.draw(next(plant.loader)))
-        loss.backward()  # type: ignore[no-untyped-call]
-        plant.optimizer.step()
-        if plant.scheduler is not None:
-            plant.scheduler.step()
-        plant.optimizer.zero_grad()
+        loss = self.plant.train_step(self.injector.draw(next(self.plant.loader)))
         self.steps += 1
-        self.losses.append(float(loss.detach()))
-        return loss.detach()
+        self.losses.append(float(loss))
+        return loss
 
     def gauge(self) -> float:
         """Measure the held-out loss on the first examples of the probe's split, for display, and note it."""
