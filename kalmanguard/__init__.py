@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         VetoIntervention,
     )
     from kalmanguard.faults import FaultInjector
+    from kalmanguard.forensics import Forensics
     from kalmanguard.records import Action, Decision, Evidence, Guarantee, Level, Measurement, Mode, ProbeReading
     from kalmanguard.settings import Settings
     from kalmanguard.supervisor import Supervisor
@@ -37,6 +38,7 @@ __all__ = [
     "Engine",
     "Evidence",
     "FaultInjector",
+    "Forensics",
     "Guarantee",
     "Intervention",
     "JournalError",
@@ -70,6 +72,7 @@ _HOMES = {
         "VetoIntervention",
     ),
     "faults": ("FaultInjector",),
+    "forensics": ("Forensics",),
     "records": ("Action", "Decision", "Evidence", "Guarantee", "Level", "Measurement", "Mode", "ProbeReading"),
     "settings": ("Settings",),
     "supervisor": ("Supervisor",),
