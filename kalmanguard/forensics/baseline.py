@@ -35,7 +35,7 @@ class Baseline:
 
     __slots__ = ("_first", "_floor", "_memory", "_size", "level", "spread")
 
-    def __init__(self, *, size: int = 8, memory: int = 64, floor: float = 1e-12) -> None:
+    def __init__(self, *, size: int = 5, memory: int = 64, floor: float = 1e-12) -> None:
         self._size, self._memory, self._floor = size, memory, floor
         self._first: list[float] = []
         self.level = self.spread = 0.0

@@ -104,6 +104,7 @@ class Forensics:
                 f"{type(model).__name__} has no parameter to look at: a dense floating-point one that is initialised "
                 "and not on the meta device; make or move the model first."
             )
+        self._names = {layer.name for layer in self._layers}
         self.errors: list[str] = []
         self._checks = tuple(default_checks() if checks is None else checks)
         needs = frozenset[Need]().union(*(check.needs for check in self._checks))
@@ -328,11 +329,10 @@ class Forensics:
         while self._scores[0][0] < self._step - self.detection_latency_steps:
             before = self._scores.popleft()[1]
         trend = Trend.WORSENING if score > before else Trend.RECOVERING if score < before else Trend.STABLE
-        names = {layer.name for layer in self._layers}
-        if self._attention is not None:
-            names |= {name for name, _ in self._attention.owners}
+        owners = self._attention.owners if self._attention is not None else []
+        count = len(self._layers) + sum(name not in self._names for name, _ in owners)
         reasons = self._abstained + tuple(f"an error inside: {error}" for error in self.errors)
-        return Report.of(self._found.values(), step=self._step, layers=len(names), trend=trend, abstained=reasons)
+        return Report.of(self._found.values(), step=self._step, layers=count, trend=trend, abstained=reasons)
 
     def _failed(self, error: Exception) -> None:
         if len(self.errors) < _KEPT_ERRORS:

@@ -15,7 +15,7 @@ from kalmanguard.forensics.samples import Array, Sample
 #: Rows with fewer allowed keys say nothing about collapse.
 _FEWEST_KEYS = 4
 _COLLAPSED, _FALLEN_FRAC = 0.1, 0.3
-_ALIKE, _APART = 0.01, 0.1
+_ALIKE, _APART = 0.05, 0.25
 _LOGIT_WARNING, _LOGIT_CRITICAL, _LOGIT_GROWTH = 50.0, 200.0, 4.0
 
 
@@ -39,18 +39,18 @@ class AttentionHealth:
 
     *Collapse*: the mean of ``H(row) / log(allowed keys)`` over rows with at least four allowed keys is below 0.1 and
     below 0.3 of what it was at first (warning), below half of both (critical). *Rank collapse*: any two queries attend
-    alike: their rows, renormalised over the keys that both may see, differ by less than 0.01 in total variation, after
-    they once differed by more than 0.1. *Logit growth*: ``max |q.k| / sqrt(d)`` (as the call scales it) above 50 and 4
+    alike: their rows, renormalised over the keys that both may see, differ by less than 0.05 in total variation, after
+    they differed by more than 0.25. *Logit growth*: ``max |q.k| / sqrt(d)`` (as the call scales it) above 50 and 4
     times the first (warning), above 200 (critical).
 
     Notes
     -----
     Guarantee: HEURISTIC. Uniform attention at the start, one head that copies the token before, or a row with one
-    allowed key are all normal and none is judged: the mean over the sampled heads (at most 4) is. So the collapse of one
-    head in many is not seen. Seen are ``scaled_dot_product_attention`` (causal, masked, grouped queries),
+    allowed key are all normal and none is judged: the mean over the sampled heads (at most 4) is. So the collapse of
+    one head in many is not seen. Seen are ``scaled_dot_product_attention`` (causal, masked, grouped queries),
     ``nn.MultiheadAttention`` and softmax over a product that torch functions made; not seen are other kernels
     (FlashAttention called directly, xFormers, FlexAttention) and compiled code. Latency: one sample of the attention,
-    after a baseline of 8. Cost: 2 examples x 4 heads x 8 queries against all keys.
+    after a baseline of 5. Cost: 2 examples x 4 heads x 8 queries against all keys.
     """
 
     name = "attention"

@@ -13,16 +13,16 @@ from kalmanguard.forensics.samples import Sample
 
 _WINDOW, _MEMORY, _WARMUP = 5, 256, 20
 _DEVIATIONS, _CRITICAL_DEVIATIONS = 8.0, 40.0
-_BEYOND_FRAC, _FLASH = 0.5, 4.0
+_BEYOND_FRAC, _FLASH = 0.5, 2.0
 
 
 class LossSpike:
     """The median of the last five losses against its trend, and against the largest that the run has shown.
 
-    Fires when the median lies more than 8 standard deviations of the trend's innovations above its prediction and beyond
-    all losses of the last 256 steps by half of their range (critical at 40 deviations). One batch alone fires only when
-    its loss lies beyond the largest loss so far by four times the range of all losses. A loss that is not finite is
-    critical at once.
+    Fires when the median lies more than 8 standard deviations of the trend's innovations above its prediction and
+    beyond all of the last 256 losses by half of their range (critical at 40 deviations). One batch alone fires only
+    when its loss lies beyond the largest loss so far by twice the range of all losses. A loss that is not finite is
+    critical at once. A loss that stays up for 256 steps is the new normal.
 
     Notes
     -----
@@ -36,11 +36,14 @@ class LossSpike:
 
     def __init__(self) -> None:
         self._filter = TrendFilter("loss", floor_frac=1e-4)
+        self._begin()
+
+    def _begin(self) -> None:
         self._trend = TrendState()
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._losses: deque[float] = deque(maxlen=_MEMORY)
         self._lowest, self._highest = math.inf, -math.inf
-        self._seen = 0
+        self._seen = self._since = 0
 
     def judge(self, sample: Sample) -> list[Finding]:
         loss = sample.loss
@@ -50,23 +53,28 @@ class LossSpike:
             return [Finding(self.name, MODEL, Severity.CRITICAL, math.nan, f"the loss is {loss}")]
         self._seen += 1
         finding = self._flash(loss)
+        # What leaves the window without a finding was normal: what is still in it must not be its own yardstick.
+        normal = self._recent[0] if len(self._recent) == _WINDOW else None
         self._recent.append(loss)
-        level = statistics.median(self._recent)
-        if len(self._recent) == _WINDOW:
-            finding = self._rise(level) or finding
+        if normal is not None:
+            finding = self._rise(statistics.median(self._recent)) or finding
         if finding is None:
-            self._losses.append(loss)
-            self._lowest, self._highest = min(self._lowest, loss), max(self._highest, loss)
-            finding = Finding(self.name, MODEL, Severity.OK, 0.0, "the loss follows its trend")
+            self._since = 0
+            if normal is not None:
+                self._losses.append(normal)
+                self._lowest, self._highest = min(self._lowest, normal), max(self._highest, normal)
+            return [Finding(self.name, MODEL, Severity.OK, 0.0, "the loss follows its trend")]
+        self._since += 1
+        if self._since >= _MEMORY:
+            self._begin()
         return [finding]
 
     def forget(self) -> None:
-        self._trend = TrendState()
-        self._recent.clear()
+        self._begin()
 
     def _flash(self, loss: float) -> Finding | None:
         height = self._highest - self._lowest
-        if self._seen <= _WARMUP or loss <= self._highest + _FLASH * max(height, 1e-3 * abs(self._highest)):
+        if self._seen <= _WARMUP + _WINDOW or loss <= self._highest + _FLASH * max(height, 1e-3 * abs(self._highest)):
             return None
         message = f"the loss is {loss:.4g}, and has never been above {self._highest:.4g}"
         return Finding(self.name, MODEL, Severity.WARNING, loss, message)
@@ -74,9 +82,11 @@ class LossSpike:
     def _rise(self, level: float) -> Finding | None:
         trend, innovation = self._filter.step(self._trend, level)
         z = innovation.normalised
-        highest, lowest = max(self._losses, default=math.inf), min(self._losses, default=0.0)
-        beyond = level > highest + _BEYOND_FRAC * (highest - lowest)
-        if self._seen <= _WARMUP or z <= _DEVIATIONS or not beyond:
+        highest = math.inf
+        if self._seen > _WARMUP and z > _DEVIATIONS:
+            highest = max(self._losses, default=math.inf)
+            lowest = min(self._losses, default=0.0)
+        if highest == math.inf or level <= highest + _BEYOND_FRAC * (highest - lowest):
             self._trend = trend
             return None
         # The trend does not learn from a spike, so that it goes on while the loss stays there.

@@ -12,7 +12,7 @@ from kalmanguard.forensics.samples import Array, Sample, Update
 from kalmanguard.records import Guarantee
 
 _WARNING_FRAC, _CRITICAL_FRAC = 0.5, 0.9
-#: Learning rates below this share of the largest one are the end of a schedule.
+#: Updates below this share of the layer's largest so far are the end of a schedule, or of what there is to learn.
 _SPENT_FRAC = 0.01
 
 
@@ -27,16 +27,16 @@ class Precision:
     Notes
     -----
     Guarantee: EXACT for the sampled elements, up to the rounding of the computation itself; which share is harmful is
-    HEURISTIC: gradients that agree in sign for long are lost as well as noise. Steps at less than a hundredth of the
-    largest learning rate so far are not judged: a schedule that ends at zero loses every update. Other optimizers are
-    not judged. 256 elements of the largest weight. Latency: one sample of the layer. Cost: some 30 us a sampled layer.
+    HEURISTIC: gradients that agree in sign for long are lost as well as noise. Updates whose root mean square is below
+    a hundredth of the layer's largest so far are not judged: a schedule that ends at zero loses every one of them, and
+    so does SGD where the loss is zero. Other optimizers are not judged. 256 elements of the largest weight. Latency: one sample of the layer. Cost: a few passes over 256 numbers.
     """
 
     name = "precision"
     needs = frozenset({Need.UPDATES})
 
     def __init__(self) -> None:
-        self._largest_rate = 0.0
+        self._largest: dict[str, float] = {}
 
     def judge(self, sample: Sample) -> list[Finding]:
         found = []
@@ -44,10 +44,12 @@ class Precision:
             update = seen.update
             if update is None:
                 continue
-            rate = float(update.group.get("lr", 0.0))
-            self._largest_rate = max(self._largest_rate, rate)
-            change = true_update(update) if rate > _SPENT_FRAC * self._largest_rate else None
-            if change is not None:
+            change = true_update(update)
+            if change is None:
+                continue
+            size = math.sqrt(float(np.square(change).mean()))
+            self._largest[seen.name] = max(size, self._largest.get(seen.name, 0.0))
+            if size > _SPENT_FRAC * self._largest[seen.name]:
                 found.append(self._judge(seen.name, update, change))
         return found
 

@@ -28,8 +28,8 @@ class WeightBalance:
 
     ``w`` is the logarithm of the root mean square over the same sampled elements each time, so that sampling adds no
     noise, and how large a layer was initialised plays no part. Jump: ``|w_t - w_{t-1}|`` beyond a factor of 2 (warning)
-    or 5 (critical) and beyond 8 times the layer's own usual change. Drift: ``w`` since the baseline, minus the median of
-    that over all layers, beyond a factor of 20 (warning) or 100 (critical).
+    or 5 (critical) and beyond 8 times the layer's own usual change. Drift: ``w`` since the baseline, minus the median
+    of that over all layers, beyond a factor of 20 (warning) or 100 (critical).
 
     Notes
     -----
