@@ -66,8 +66,8 @@ class ForensicsBenchmark(Benchmark):
         parts = []
         if result["cost"]:
             parts.append(
-                "Median processor time of a step (forward, backward, optimizer) with `Forensics` attached and its `step(loss)` "
-                "called, over that of the bare twin, whose blocks of steps take turns with it. *Latency*: steps in "
+                "Median processor time of a step (forward, backward, optimizer) with `Forensics` attached and its "
+                "`step(loss)` called, over that of the bare twin, whose blocks of steps take turns with it. *Latency*: steps in "
                 "which every layer is sampled once."
             )
             rows = [

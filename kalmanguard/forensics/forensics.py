@@ -310,8 +310,11 @@ class Forensics:
     def _noted(self, finding: Finding) -> Finding | None:
         """Keep a finding; returned when it is worse than what was known."""
         key = (finding.check, finding.layer)
-        before = self._found.pop(key, None)
+        before = self._found.get(key)
         if finding.severity is Severity.OK:
+            # Long enough to be seen by a loop that looks at the report now and then.
+            if before is not None and self._step - before.step > self.detection_latency_steps:
+                del self._found[key]
             return None
         finding = replace(finding, step=self._step)
         self._found[key] = finding

@@ -113,6 +113,8 @@ def measure(logits: Array) -> Rows | None:
     >>> round(measure(100.0 * np.eye(8)).entropy, 6)
     0.0
     """
+    if np.isnan(logits).any():
+        return Rows(np.nan, np.nan, np.inf)
     allowed = logits > -1e30
     keys = allowed.sum(-1)
     if not (keys >= _FEWEST_KEYS).any():

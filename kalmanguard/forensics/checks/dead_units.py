@@ -42,8 +42,8 @@ class DeadUnits:
     Guarantee: HEURISTIC (rows of one batch and one sequence are not independent). What is looked at are the *inputs* of
     layers with a weight matrix, so rectifiers count in whatever way they are called; the units of the last layer are
     not seen, nor more than 512 (evenly spaced) of a wider layer. Latency: ``24 / (rows a sample)`` samples of the layer
-    for units that fire half of the time, and one sample is due in every detection latency. Cost: a few passes over 64 x 512
-    numbers.
+    for units that fire half of the time, and one sample is due in every detection latency. Cost: a few passes over 64 x
+    512 numbers.
     """
 
     name = "dead_units"

@@ -30,16 +30,16 @@ class GradientFlow:
 
     Dividing by peers of the same step takes out what moves all gradients together (a batch, a schedule, a loss that
     goes to zero). Two ways to fail: no gradient at all (none, or exactly zero), for longer than the share q of steps in
-    which the layer used to have one explains, ``-n ln(1 - q) > 8``: three or four samples for a layer that always had one,
-    more for one that is skipped at times (stochastic depth, experts); or a ratio that has fallen by more than 300 (warning)
-    or 10,000 (critical) in two successive samples.
+    which the layer used to have one explains, ``-n ln(1 - q) > 8``: three or four samples for a layer that always had
+    one, more for one that is skipped at times (stochastic depth, experts); or a ratio that has fallen by more than 300
+    (warning) or 10,000 (critical) in two successive samples.
 
     Notes
     -----
     Guarantee: HEURISTIC. Where every sampled gradient vanishes nothing is said: there is no peer to compare with, and a
     loss that is exactly zero does that in healthy training. Embeddings are left out (rows that do not occur have no
-    gradient), frozen parameters have none to lose. Latency: three or four samples of the layer. Cost: one norm of at most 4,096
-    elements a layer.
+    gradient), frozen parameters have none to lose. Latency: three or four samples of the layer. Cost: one norm of at
+    most 4,096 elements a layer.
     """
 
     name = "gradient_flow"

@@ -11,7 +11,7 @@ from kalmanguard.forensics.report import Finding, Severity
 from kalmanguard.forensics.samples import Array, Sample, Update
 from kalmanguard.records import Guarantee
 
-_WARNING_FRAC, _CRITICAL_FRAC = 0.5, 0.9
+_WARNING_FRAC, _CRITICAL_FRAC = 0.75, 0.95
 #: Updates below this share of the layer's largest so far are the end of a schedule, or of what there is to learn.
 _SPENT_FRAC = 0.01
 
@@ -21,15 +21,17 @@ class Precision:
 
     The true update is computed in float64 from the optimizer's state after the step: ``lr m^ / (sqrt(v^) + eps)`` with
     bias correction and weight decay (Adam, AdamW), ``lr`` times the momentum buffer or the gradient (SGD). The spacing
-    (ulp) at w is ``2^floor(log2 |w|) eps``. A warning when half, critical when nine tenths of the updates that are not
-    zero are lost. A weight that did move (stochastic rounding, a master copy in float32) is not lost.
+    (ulp) at w is ``2^floor(log2 |w|) eps``. A warning when three quarters, critical when 95 % of the updates that are
+    not zero are lost (training in bfloat16 that works loses about half). A weight that did move (stochastic rounding, a
+    master copy in float32) is not lost.
 
     Notes
     -----
     Guarantee: EXACT for the sampled elements, up to the rounding of the computation itself; which share is harmful is
     HEURISTIC: gradients that agree in sign for long are lost as well as noise. Updates whose root mean square is below
     a hundredth of the layer's largest so far are not judged: a schedule that ends at zero loses every one of them, and
-    so does SGD where the loss is zero. Other optimizers are not judged. 256 elements of the largest weight. Latency: one sample of the layer. Cost: a few passes over 256 numbers.
+    so does SGD where the loss is zero. Other optimizers are not judged. 256 elements of the largest weight. Latency:
+    one sample of the layer. Cost: a few passes over 256 numbers.
     """
 
     name = "precision"

@@ -19,9 +19,10 @@ class Saturation:
     """Share of values within 1 % of a bound, against what it was when the layer was first looked at.
 
     A layer's input is taken for bounded when every value lies in [-1, 1]; the bounds are then -1 and 1, and 0 as well
-    when none is negative, zero itself excepted (a rectifier's zero is no bound). A warning when more than half of the
-    values are there and that is 25 points more than at first; critical at 90 %. Independently of bounds: a warning for
-    a magnitude beyond an eighth of the dtype's largest number (8,188 in float16), critical when one is not finite.
+    when none is negative, unless zeros were there from the start (a rectifier's zero is no bound). A warning when more
+    than half of the values are there and that is 25 points more than at first; critical at 90 %. Independently of
+    bounds: a warning for a magnitude beyond an eighth of the dtype's largest number (8,188 in float16), critical when
+    one is not finite.
 
     Notes
     -----
@@ -36,6 +37,7 @@ class Saturation:
 
     def __init__(self) -> None:
         self._baselines: dict[str, Baseline] = {}
+        self._rectified: set[str] = set()
 
     def judge(self, sample: Sample) -> list[Finding]:
         return [
@@ -56,8 +58,10 @@ class Saturation:
         if largest > features.largest_number / _HEADROOM:
             message = f"activations reach {largest:.3g}; their dtype ends at {features.largest_number:.3g}"
             return Finding(self.name, layer.name, Severity.WARNING, largest / features.largest_number, message)
-        share = _at_bounds(rows, low, high)
         baseline = self._baselines.setdefault(layer.name, Baseline(memory=0))
+        if not baseline.ready and bool((rows == 0.0).mean() > _NEAR):
+            self._rectified.add(layer.name)
+        share = _at_bounds(rows, low, high, lower=0.0 if layer.name not in self._rectified else -1.0)
         if not baseline.ready:
             baseline.learn(share)
         grown = baseline.deviation(share) > _GROWTH and baseline.ready
@@ -68,11 +72,10 @@ class Saturation:
         return Finding(self.name, layer.name, severity, share, message)
 
 
-def _at_bounds(rows: Array, low: float, high: float) -> float:
+def _at_bounds(rows: Array, low: float, high: float, *, lower: float) -> float:
     if low < -1.0 or high > 1.0:
         return 0.0
-    size = np.abs(rows)
-    at = size > 1.0 - _NEAR
-    if low >= 0.0:
-        at |= (size > 0.0) & (size < _NEAR)
+    at = np.abs(rows) > 1.0 - _NEAR
+    if low >= lower == 0.0:
+        at |= rows < _NEAR
     return float(at.mean())

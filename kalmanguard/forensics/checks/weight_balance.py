@@ -12,6 +12,8 @@ from kalmanguard.forensics.report import Finding, Severity
 from kalmanguard.forensics.samples import Sample
 
 _JUMP_WARNING, _JUMP_CRITICAL, _JUMP_SPREADS = math.log(2.0), math.log(5.0), 8.0
+#: Samples after which a size that was jumped to is the new normal.
+_ACCEPTED = 4
 _DRIFT_WARNING, _DRIFT_CRITICAL = math.log(20.0), math.log(100.0)
 
 
@@ -20,6 +22,7 @@ class _Layer:
     base: Baseline = field(default_factory=lambda: Baseline(memory=0))
     change: Baseline = field(default_factory=lambda: Baseline(size=4))
     last: float | None = None
+    jumped: int = 0
     grown: float = 0.0
 
 
@@ -28,8 +31,8 @@ class WeightBalance:
 
     ``w`` is the logarithm of the root mean square over the same sampled elements each time, so that sampling adds no
     noise, and how large a layer was initialised plays no part. Jump: ``|w_t - w_{t-1}|`` beyond a factor of 2 (warning)
-    or 5 (critical) and beyond 8 times the layer's own usual change. Drift: ``w`` since the baseline, minus the median
-    of that over all layers, beyond a factor of 20 (warning) or 100 (critical).
+    or 5 (critical) and beyond 8 times the layer's own usual change; it is accepted after four samples. Drift: ``w``
+    since the baseline, minus the median of that over all layers, beyond a factor of 20 (warning) or 100 (critical).
 
     Notes
     -----
@@ -67,14 +70,17 @@ class WeightBalance:
 
     def _judge(self, name: str, layer: _Layer, size: float) -> Finding:
         jump = 0.0 if layer.last is None else size - layer.last
-        layer.last = size
         usual = layer.change
         severity, statistic = Severity.OK, jump
-        message = f"the weights changed by a factor of {math.exp(jump):.3g} from one sample to the next"
+        message = f"the weights changed by a factor of {math.exp(jump):.3g} since the last normal sample"
         if usual.ready and abs(jump) > max(_JUMP_WARNING, _JUMP_SPREADS * (usual.level + usual.spread)):
             severity = Severity.CRITICAL if abs(jump) > _JUMP_CRITICAL else Severity.WARNING
+            layer.jumped += 1
         else:
             usual.learn(abs(jump))
+            layer.jumped = 0
+        if layer.jumped in (0, _ACCEPTED):
+            layer.last, layer.jumped = size, 0
         layer.base.learn(size)
         if not layer.base.ready:
             return Finding(self.name, name, severity, statistic, message)
