@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.cost import Cost
-from benchmarks.forensics import ForensicsBenchmark as Forensics
+from benchmarks.forensics import ForensicsBenchmark, ForensicsHealthy
 from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
 from benchmarks.markdown import insert
@@ -34,7 +34,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     ProbeClock(),
     Snapshots(),
     Journal(),
-    Forensics(),
+    ForensicsBenchmark(),
+    ForensicsHealthy(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
 _WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1}

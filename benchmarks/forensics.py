@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections import Counter
@@ -20,8 +21,16 @@ from kalmanguard.faults.state import flip_bit
 from kalmanguard.forensics import Severity
 from kalmanguard.models import load_plant
 
-#: Plant, counted steps in healthy runs.
-HEALTHY = (("mlp", 2_000), ("cnn", 1_000), ("chartransformer", 1_000))
+PLANTS = ("mlp", "cnn", "chartransformer")
+#: Steps of a healthy run, by plant and batch size.
+HEALTHY = {
+    ("mlp", 8): 2_000,
+    ("mlp", 64): 2_000,
+    ("cnn", 8): 1_000,
+    ("cnn", 64): 1_000,
+    ("chartransformer", 8): 1_000,
+    ("chartransformer", 64): 300,
+}
 #: SGD with momentum 0.9 at batch 8 and the plant's learning rate kills the MLP: the run is not healthy.
 _MOMENTUM = {8: 0.0, 64: 0.9}
 _DEPTHS = (4, 16, 64)
@@ -30,71 +39,84 @@ _FAULT_STEP, _PATIENCE = 211, 400
 
 
 class ForensicsBenchmark(Benchmark):
-    """Cost, false alarms and detection of `kalmanguard.Forensics` with its default settings."""
+    """Cost and detection of `kalmanguard.Forensics` with its default settings."""
 
     name = "forensics"
-    summary = "layer forensics: cost against depth, false alarms in healthy runs, steps to find each fault"
-
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--plants", nargs="+", default=[name for name, _ in HEALTHY], metavar="NAME")
-        parser.add_argument("--parts", nargs="+", default=["cost", "healthy", "faults"], metavar="PART")
+    summary = "layer forensics: cost against depth, and steps to find each fault"
 
     def run(self, options: argparse.Namespace) -> Result:
         seeds = options.seeds or (1 if options.quick else 3)
-        short = 4 if options.quick else 1
-        result: Result = {"seeds": seeds, "cost": [], "healthy": [], "faults": []}
-        if "cost" in options.parts:
-            rounds = 60 // short
-            result["cost"] += [{"model": f"{depth} layers of {_WIDTH}", **deep(depth, rounds)} for depth in _DEPTHS]
-            result["cost"] += [{"model": name, **planted(name, rounds)} for name, _ in HEALTHY]
-        if "healthy" in options.parts:
-            for name, steps in (pair for pair in HEALTHY if pair[0] in options.plants):
-                for optimizer in ("adamw", "sgd"):
-                    for batch in (8, 64):
-                        runs = [healthy(name, optimizer, batch, seed, steps // short) for seed in range(seeds)]
-                        result["healthy"].append({
-                            "recipe": f"{name}, {optimizer}, batch {batch}", "steps": steps // short * seeds,
-                            "fired": dict(sum((Counter(run) for run in runs), Counter())),
-                        })  # fmt: skip
-        if "faults" in options.parts:
-            for name, (make, strike, check) in FAULTS.items():
-                runs = [caught(make, strike, check, seed) for seed in range(seeds)]
-                result["faults"].append({"fault": name, "check": check, "runs": runs})
-        return result
+        rounds = 15 if options.quick else 40
+        cost = [{"model": f"{depth} layers of {_WIDTH}", **deep(depth, rounds)} for depth in _DEPTHS]
+        cost += [{"model": name, **planted(name, rounds)} for name in PLANTS]
+        faults = [
+            {"fault": name, "check": check, "runs": [caught(make, strike, check, seed) for seed in range(seeds)]}
+            for name, (make, strike, check) in FAULTS.items()
+        ]
+        return {"cost": cost, "faults": faults}
 
     def markdown(self, result: Result) -> str:
-        parts = []
-        if result["cost"]:
-            parts.append(
-                "Median processor time of a step (forward, backward, optimizer) with `Forensics` attached and its "
-                "`step(loss)` called, over that of the bare twin, whose blocks of steps take turns with it. *Latency*: steps in "
-                "which every layer is sampled once."
-            )
-            rows = [
-                [c["model"], f"{number(1e3 * c['bare_s'])} ms", f"**{number(c['ratio'], 4)}**",
-                 f"{number(1e6 * c['added_s'], 2)} us", c["latency"]]
-                for c in result["cost"]
-            ]  # fmt: skip
-            parts.append(table(["model", "bare step", "ratio", "added a step", "latency"], rows))
-        if result["healthy"]:
-            steps = sum(h["steps"] for h in result["healthy"])
-            parts.append(f"Findings per 1,000 healthy steps ({steps:,} steps in all), by check; each new one counts.")
-            rows = []
-            for h in result["healthy"]:
-                fired = [f"{check} {number(1e3 * count / h['steps'], 2)}" for check, count in h["fired"].items()]
-                rows.append([h["recipe"], f"{h['steps']:,}", ", ".join(fired) or "none"])
-            parts.append(table(["recipe", "steps", "findings"], rows))
-        if result["faults"]:
-            parts.append(
-                f"Faults at step {_FAULT_STEP}: steps until the check that it is for fires, and until any does, per "
-                f"seed; a dash where none did within {_PATIENCE} steps."
-            )
-            rows = []
-            for f in result["faults"]:
-                cells = [", ".join("–" if r[k] is None else str(r[k]) for r in f["runs"]) for k in ("own", "any")]
-                rows.append([f["fault"], f["check"], *cells])
-            parts.append(table(["fault", "check", "own check", "any check"], rows))
+        parts = [
+            "Median processor time of a step (forward, backward, optimizer) with `Forensics` attached and its "
+            "`step(loss)` called, over that of the bare twin, whose blocks of steps take turns with it. *Latency*: "
+            "steps in which every layer is sampled once."
+        ]
+        rows = []
+        for c in result["cost"]:
+            bare, added = f"{number(1e3 * c['bare_s'])} ms", f"{number(1e6 * c['added_s'], 2)} us"
+            rows.append([c["model"], bare, f"**{number(c['ratio'], 4)}**", added, c["latency"]])
+        parts.append(table(["model", "bare step", "ratio", "added a step", "latency"], rows))
+        parts.append(
+            f"Faults at step {_FAULT_STEP}: steps until the check that it is for fires, and until any does, per seed; "
+            f"a dash where none did within {_PATIENCE} steps. *Before*: runs in which anything fired before the fault."
+        )
+        rows = []
+        for f in result["faults"]:
+            cells = [", ".join("–" if r[k] is None else str(r[k]) for r in f["runs"]) for k in ("own", "any")]
+            rows.append([f["fault"], f["check"], *cells, sum(r["early"] for r in f["runs"])])
+        parts.append(table(["fault", "check", "own check", "any check", "before"], rows))
         return "\n\n".join(parts)
+
+
+class ForensicsHealthy(Benchmark):
+    """False alarms of `kalmanguard.Forensics` with its default settings."""
+
+    name = "forensics-healthy"
+    summary = "layer forensics: findings in healthy runs, by check"
+
+    def run(self, options: argparse.Namespace) -> Result:
+        seeds = options.seeds or (1 if options.quick else 3)
+        runs = [
+            (name, optimizer, batch, seed, steps // 4 if options.quick else steps)
+            for (name, batch), steps in HEALTHY.items()
+            for optimizer in ("adamw", "sgd")
+            for seed in range(seeds)
+        ]
+        # The longest first, so that no process is left alone with one at the end.
+        runs.sort(
+            key=lambda run: -run[4] * run[2] * (30 if run[0] == "chartransformer" else 3 if run[0] == "cnn" else 1)
+        )
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            fired = pool.starmap(healthy, runs, chunksize=1)
+        recipes: dict[str, tuple[int, Counter[str]]] = {}
+        for (name, optimizer, batch, _, steps), found in sorted(
+            zip(runs, fired, strict=True), key=lambda pair: pair[0]
+        ):
+            recipe = f"{name}, {optimizer}, batch {batch}"
+            before, counts = recipes.get(recipe, (0, Counter()))
+            recipes[recipe] = (before + steps, counts + Counter(found))
+        return {"recipes": [{"recipe": r, "steps": n, "fired": dict(c)} for r, (n, c) in recipes.items()]}
+
+    def markdown(self, result: Result) -> str:
+        rows = []
+        for h in result["recipes"]:
+            fired = [f"{check} {number(1e3 * count / h['steps'], 2)}" for check, count in h["fired"].items()]
+            rows.append([h["recipe"], f"{h['steps']:,}", ", ".join(fired) or "none"])
+        steps = sum(h["steps"] for h in result["recipes"])
+        return "\n\n".join([
+            f"Findings per 1,000 healthy steps, by check ({steps:,} steps in all); each new one counts.",
+            table(["recipe", "steps", "findings"], rows),
+        ])  # fmt: skip
 
 
 class Deep(nn.Module):
@@ -161,6 +183,7 @@ def interleaved(twins: list[tuple[nn.Module, Any]], losses: list[Callable[[], Te
 
 def healthy(name: str, optimizer: str, batch: int, seed: int, steps: int) -> dict[str, int]:
     """New findings by check in one healthy run."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     plant = load_plant(name)(seed=seed, optimizer=optimizer, batch_size=batch, momentum=_MOMENTUM[batch])
     fired: Counter[str] = Counter()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from kalmanguard.forensics.hooks import Hook
@@ -145,7 +145,7 @@ class AttentionWatch:
 
     def _push(self, mode: _Mode) -> None:
         self._modes.append(mode)
-        mode.__enter__()
+        _push_mode(mode)  # type: ignore[no-untyped-call]
 
     def _exit(self, *args: Any) -> None:
         if not self._modes:
@@ -153,13 +153,13 @@ class AttentionWatch:
         mode = self._modes.pop()
         above = []
         # What others have put on top since comes back in the same order.
-        while mode in _get_current_function_mode_stack():
-            top = _pop_mode()
+        while mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            top = _pop_mode()  # type: ignore[no-untyped-call]
             if top is mode:
                 break
             above.append(top)
         for other in reversed(above):
-            torch.overrides._push_mode(other)
+            _push_mode(other)  # type: ignore[no-untyped-call]
 
     def _see(self, name: str, kind: str, args: Any, kwargs: Any) -> None:
         if name in self._taken:
@@ -246,7 +246,7 @@ def projected_logits(module: nn.MultiheadAttention, given: dict[str, Any]) -> Te
     query, key = query[examples].float(), key[examples].float()
     width = module.embed_dim
     if module.in_proj_weight is not None:
-        to_query, to_key = module.in_proj_weight.detach().float().split(width)[:2]
+        to_query, to_key = module.in_proj_weight.detach().float().chunk(3)[:2]
     else:
         to_query, to_key = module.q_proj_weight.detach().float(), module.k_proj_weight.detach().float()
     bias = module.in_proj_bias
@@ -255,7 +255,7 @@ def projected_logits(module: nn.MultiheadAttention, given: dict[str, Any]) -> Te
         k = F.linear(key, to_key, bias[width : 2 * width].detach().float() if bias is not None else None)
     if module.bias_k is not None:
         k = torch.cat([k, module.bias_k.detach().float().expand(len(k), 1, -1)], dim=1)
-    q, k = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k))
+    q, k = (x.reshape(*x.shape[:2], module.num_heads, -1).transpose(1, 2) for x in (q, k))
     shape = (len(q), module.num_heads, q.shape[2], k.shape[2])
     allowed = torch.ones(shape, dtype=torch.bool, device=q.device)
     mask, padding = given.get("attn_mask"), given.get("key_padding_mask")
@@ -263,7 +263,7 @@ def projected_logits(module: nn.MultiheadAttention, given: dict[str, Any]) -> Te
     if mask is not None:
         open_ = ~mask if mask.dtype is torch.bool else mask > -1e30
         if open_.dim() == 3:
-            open_ = open_.unflatten(0, (-1, module.num_heads))[examples]
+            open_ = open_.reshape(-1, module.num_heads, *open_.shape[1:])[examples]
         allowed[..., :width_of_keys] &= open_
     if padding is not None:
         padding = padding.unsqueeze(0) if padding.dim() == 1 else padding

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -57,7 +57,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     >>> [(layer.name, layer.axis) for layer in find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.LayerNorm(3)))]
     [('0', -1), ('2', None)]
     """
-    layers, seen = [], set()
+    layers: list[Layer] = []
+    seen: set[int] = set()
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen and _readable(p)]
         seen.update(map(id, own))
@@ -79,7 +80,7 @@ def _axis(module: nn.Module) -> int | None:
 
 
 def _readable(p: Tensor) -> bool:
-    if isinstance(p, UninitializedTensorMixin) or hasattr(p, "to_local"):
+    if is_lazy(p) or hasattr(p, "to_local"):
         return False
     return p.is_floating_point() and p.layout is torch.strided and p.device.type != "meta" and p.numel() > 0
 
