@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import optimizer as optimizers
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.forensics import FAULTS, Deep, caught, healthy
-from kalmanguard import ConfigurationError, Forensics, Guarantee
+from kalmanguard import Action, ConfigurationError, FaultInjector, Forensics, Guarantee, Supervisor
 from kalmanguard.forensics import Extent, Finding, Report, Severity, Trend
 from kalmanguard.models.mlp import MLPPlant
 
@@ -344,6 +345,55 @@ def test_nan_input_is_reported_and_never_raised():
     assert report.level is Severity.CRITICAL
     assert {f.check for f in report.findings} >= {"saturation", "weight_balance", "optimizer_state", "loss_spike"}
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("first", ["forensics", "supervisor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_beside_a_supervisor_a_vetoed_step_is_no_corruption(name, first):
+    plant = MLPPlant(seed=0, optimizer=name)
+    forensics = Forensics(plant.model, plant.optimizer, every=1)
+    if first == "forensics":
+        forensics.attach()
+    evidence, vetoed = [], 0
+    with (
+        Supervisor(plant.model, plant.probe_loader, optimizer=plant.optimizer) as supervisor,
+        FaultInjector().at(60).nan_gradient(steps=3).attach(plant.model, plant.optimizer),
+        forensics,
+    ):
+        for step in range(1, 121):
+            loss = plant.step_loss(next(plant.loader))
+            loss.backward()
+            plant.optimizer.step()
+            vetoed += supervisor.update(loss).action is Action.VETO
+            plant.optimizer.zero_grad()
+            evidence += forensics.sense(step)
+    assert vetoed == 3
+    assert evidence == []
+    assert forensics.errors == []
+
+
+def test_checkpointed_segments_are_looked_at_once_and_as_without():
+    gradients = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.1)
+        head = nn.Linear(16, 1)
+        model = nn.ModuleList([attention, head])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        forensics = Forensics(model, optimizer, every=1, layers_per_step=9)
+        if attached:
+            forensics.attach()
+        for reentrant in (False, True, False, True, False, True):
+            x = torch.randn(4, 6, 16, requires_grad=True)
+            head(checkpoint(attention, x, use_reentrant=reentrant)).square().mean().backward()
+            optimizer.step()
+            forensics.step()
+            gradients.append(attention.linear1.weight.grad.clone())
+            optimizer.zero_grad()
+        forensics.detach()
+        assert forensics.errors == []
+        assert torch.overrides._get_current_function_mode_stack() == []
+    assert all(torch.equal(a, b) for a, b in zip(gradients[:6], gradients[6:], strict=True))
 
 
 def test_evidence_for_a_supervisor_comes_once_for_each_finding():

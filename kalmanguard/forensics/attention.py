@@ -15,6 +15,7 @@ from kalmanguard.forensics.hooks import Hook
 from kalmanguard.forensics.samples import Attention
 
 _EXAMPLES, _HEADS, _QUERIES = 2, 4, 8
+_SEARCHES = 3
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.nn.functional.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm}
 
@@ -73,10 +74,14 @@ class AttentionWatch:
         self._handles: list[RemovableHandle] = []
         self._modes: list[_Mode] = []
         self._taken: dict[str, Tensor] = {}
-        self._turn = 0
+        self._turn = self._searches = 0
 
     def arm(self) -> None:
         """Put hooks on the attention whose turn it is, or on all modules while none is known."""
+        if not self.known:
+            # A model whose own forward is never called is not searched for ever.
+            self._searches += 1
+            self.known = self._searches > _SEARCHES
         if not self.known:
             for name, module in self._names.items():
                 self._around(module, self._discover(name), self._leave)
@@ -110,13 +115,12 @@ class AttentionWatch:
 
     def _discover(self, name: str) -> Any:
         def enter(module: nn.Module, inputs: Any) -> None:
-            if not torch.is_grad_enabled():
+            # Inside a pass that is recorded, a part that is not must be entered as well, since it will be left.
+            if not self._stack and (self.known or not torch.is_grad_enabled()):
                 return
             if isinstance(module, nn.MultiheadAttention):
                 self._own(name)
             if not self._stack:
-                if self.known:
-                    return
                 self._push(_Mode(lambda kind, args, kwargs: self._own(self._stack[-1])))
             self._stack.append(name)
 

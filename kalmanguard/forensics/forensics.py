@@ -104,7 +104,7 @@ class Forensics:
                 f"{type(model).__name__} has no parameter to look at: a dense floating-point one that is initialised "
                 "and not on the meta device; make or move the model first."
             )
-        self._names = {layer.name for layer in self._layers}
+        self._index = {layer.name: index for index, layer in enumerate(self._layers)}
         self.errors: list[str] = []
         self._checks = tuple(default_checks() if checks is None else checks)
         needs = frozenset[Need]().union(*(check.needs for check in self._checks))
@@ -227,13 +227,18 @@ class Forensics:
 
     def _judge(self, loss: Any) -> list[Finding]:
         due = bool(self._group)
-        updates, gradients, tampered = self._updates.read()
         layers: tuple[LayerSample, ...] = ()
-        if due:
-            layers = self._sampled(updates, gradients)
-        self._disarm()
-        if (self._attached and (self._step + 1) % self._every == 0) or self._every == 1:
-            self._arm()
+        tampered: tuple[str, ...] = ()
+        try:
+            updates, gradients, tampered = self._updates.read()
+            if due:
+                layers = self._sampled(updates, gradients)
+        except Exception as error:
+            self._failed(error)
+        finally:
+            self._disarm()
+            if (self._step + 1) % self._every == 0 or self._every == 1:
+                self._arm()
         sample = Sample(self._step, self._read(loss), tampered, layers)
         worse = []
         for check in self._checks:
@@ -254,7 +259,7 @@ class Forensics:
         features = self._features.read() if self._features is not None else {}
         samples = []
         for layer, judged in self._group:
-            index = self._layers.index(layer)
+            index = self._index[layer.name]
             size = block = None
             if judged and Need.WEIGHTS in self._needs and layer.weight.dim() >= 2:
                 self._visits[index] += 1
@@ -279,9 +284,9 @@ class Forensics:
         chosen = self._rotation.next()
         self._group = [(self._layers[index], True) for index in chosen]
         # The layer next to the loss gets a gradient if any does: what the others are compared with.
-        trained = [i for i, layer in enumerate(self._layers) if layer.trained and not layer.is_table]
-        if trained and trained[-1] not in chosen:
-            self._group.append((self._layers[trained[-1]], False))
+        last = next((layer for layer in reversed(self._layers) if layer.trained and not layer.is_table), None)
+        if last is not None and all(last is not layer for layer, _ in self._group):
+            self._group.append((last, False))
         if self._features is not None:
             self._features.arm([layer for layer, judged in self._group if judged])
         if self._attention is not None:
@@ -333,7 +338,7 @@ class Forensics:
             before = self._scores.popleft()[1]
         trend = Trend.WORSENING if score > before else Trend.RECOVERING if score < before else Trend.STABLE
         owners = self._attention.owners if self._attention is not None else []
-        count = len(self._layers) + sum(name not in self._names for name, _ in owners)
+        count = len(self._layers) + sum(name not in self._index for name, _ in owners)
         reasons = self._abstained + tuple(f"an error inside: {error}" for error in self.errors)
         return Report.of(self._found.values(), step=self._step, layers=count, trend=trend, abstained=reasons)
 

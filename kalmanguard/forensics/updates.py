@@ -66,6 +66,8 @@ class UpdateWatch:
         self._ids = set(map(id, parameters))
         self._integrity = IntegritySensor([p for p in parameters if p.requires_grad]) if integrity else None
         self._known: list[Optimizer] = []
+        self._groups: weakref.WeakKeyDictionary[Optimizer, tuple[Any, int, dict[int, Mapping[str, Any]]]]
+        self._groups = weakref.WeakKeyDictionary()
         self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
         self._armed: list[tuple[Layer, bool]] = []
@@ -136,6 +138,15 @@ class UpdateWatch:
         self._strangers.add(optimizer)
         return False
 
+    def _groups_of(self, optimizer: Optimizer) -> dict[int, Mapping[str, Any]]:
+        """Group of each parameter; loading a state makes a new list of groups, adding one a longer list."""
+        present = optimizer.param_groups
+        known = self._groups.get(optimizer)
+        if known is None or known[0] is not present or known[1] != len(present):
+            by_id = {id(p): group for group in present for p in group["params"]}
+            known = self._groups[optimizer] = (present, len(present), by_id)
+        return known[2]
+
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._trains(optimizer):
@@ -146,7 +157,7 @@ class UpdateWatch:
             self._integrity.forget()
         if not self._armed:
             return
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups = self._groups_of(optimizer)
         self._take_gradients(groups)
         for layer, wanted in self._armed:
             weight = layer.weight
