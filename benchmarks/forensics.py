@@ -21,7 +21,9 @@ from kalmanguard.faults.state import flip_bit
 from kalmanguard.forensics import Severity
 from kalmanguard.models import load_plant
 
-PLANTS = ("mlp", "cnn", "chartransformer")
+#: Rounds of the measurement of cost, by depth and by plant.
+DEPTHS = {4: 40, 16: 30, 64: 12}
+PLANTS = {"mlp": 40, "cnn": 20, "chartransformer": 12}
 #: Steps of a healthy run, by plant and batch size.
 HEALTHY = {
     ("mlp", 8): 2_000,
@@ -33,7 +35,6 @@ HEALTHY = {
 }
 #: SGD with momentum 0.9 at batch 8 and the plant's learning rate kills the MLP: the run is not healthy.
 _MOMENTUM = {8: 0.0, 64: 0.9}
-_DEPTHS = (4, 16, 64)
 _WIDTH = 128
 _FAULT_STEP, _PATIENCE = 211, 400
 
@@ -46,9 +47,9 @@ class ForensicsBenchmark(Benchmark):
 
     def run(self, options: argparse.Namespace) -> Result:
         seeds = options.seeds or (1 if options.quick else 3)
-        rounds = 15 if options.quick else 40
-        cost = [{"model": f"{depth} layers of {_WIDTH}", **deep(depth, rounds)} for depth in _DEPTHS]
-        cost += [{"model": name, **planted(name, rounds)} for name in PLANTS]
+        short = 3 if options.quick else 1
+        cost = [{"model": f"{n} layers of {_WIDTH}", **deep(n, rounds // short)} for n, rounds in DEPTHS.items()]
+        cost += [{"model": name, **planted(name, rounds // short)} for name, rounds in PLANTS.items()]
         faults = [
             {"fault": name, "check": check, "runs": [caught(make, strike, check, seed) for seed in range(seeds)]}
             for name, (make, strike, check) in FAULTS.items()

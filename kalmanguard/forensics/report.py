@@ -50,14 +50,10 @@ class Extent(StrEnum):
         """Name the extent of so many affected layers; a single one is always isolated."""
         if affected == 0:
             return cls.NONE
-        if affected == 1:
-            return cls.ISOLATED if layers != 1 else cls.SYSTEMIC
-        frac = affected / layers
-        return cls.ISOLATED if frac <= 0.1 else cls.MODERATE if frac <= 1 / 3 else cls._large(frac)
-
-    @classmethod
-    def _large(cls, frac: float) -> Extent:
-        return cls.WIDESPREAD if frac <= 2 / 3 else cls.SYSTEMIC
+        if affected == 1 < layers:
+            return cls.ISOLATED
+        limits = ((0.1, cls.ISOLATED), (1 / 3, cls.MODERATE), (2 / 3, cls.WIDESPREAD))
+        return next((extent for limit, extent in limits if affected <= limit * layers), cls.SYSTEMIC)
 
 
 @dataclass(frozen=True, slots=True)
