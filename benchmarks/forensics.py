@@ -85,11 +85,15 @@ class ForensicsHealthy(Benchmark):
     name = "forensics-healthy"
     summary = "layer forensics: findings in healthy runs, by check"
 
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--plants", nargs="+", default=list(PLANTS), metavar="NAME")
+
     def run(self, options: argparse.Namespace) -> Result:
         seeds = options.seeds or (1 if options.quick else 3)
         runs = [
             (name, optimizer, batch, seed, steps // 4 if options.quick else steps)
             for (name, batch), steps in HEALTHY.items()
+            if name in options.plants
             for optimizer in ("adamw", "sgd")
             for seed in range(seeds)
         ]

@@ -18,18 +18,19 @@ _LEARNING, _HABIT = 32, 3
 class Corruption:
     """Between two steps: version counters and bits of slices (`IntegritySensor`). Over time: the largest of a block.
 
-    What changed without a write that torch knows of (``silent``) is critical; what was written between two optimizer
-    steps is a warning, unless the loop does so itself (three times in the first 32 steps: averaging, clipping of
-    weights). And a block of at most 65,536 weights whose largest magnitude has grown 16 times since the block was last
-    looked at, while its second largest lies 8 times below, holds a flipped exponent bit rather than a learned weight:
-    critical.
+    What changed without a write that torch counts (faulty memory, or code that writes through ``.data``) is critical;
+    what was written between two optimizer steps is a warning, unless the loop does so itself (three times in the first
+    32 steps: averaging, clipping of weights). And a block of at most 65,536 weights whose largest magnitude has grown
+    16 times since the block was last looked at, while its second largest lies 8 times below, holds a flipped exponent
+    bit rather than a learned weight: critical.
 
     Notes
     -----
     Guarantee: EXACT that a change which is reported as silent happened; HEURISTIC for the rest. A flip that makes a
     weight smaller, or up to 16 times larger, is seen only by the comparison of slices, once in
     `IntegritySensor.cycle_steps`. Latency: one step for what raises a version counter; for a large flip one sample of
-    the layer for each of its blocks. Cost: some 10 us a step and 0.05 us a parameter (integrity), some 20 us a block.
+    the layer for each of its blocks. Cost: some 10 us a step and 0.05 us a parameter (integrity), and one pass over a
+    block.
     """
 
     name = "corruption"
@@ -55,7 +56,7 @@ class Corruption:
 
     def _tampered(self, what: str) -> Finding | None:
         if what.startswith("silent"):
-            message = f"{what.removeprefix('silent ')} changed between two steps, and nothing in torch wrote them"
+            message = f"{what.removeprefix('silent ')} changed between two steps, without a write that torch counts"
             return Finding(self.name, MODEL, Severity.CRITICAL, 1.0, message, Guarantee.EXACT)
         if what == "parameters":
             self._written += self._steps < _LEARNING
