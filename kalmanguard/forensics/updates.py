@@ -142,10 +142,11 @@ class UpdateWatch:
         """Group of each parameter; loading a state makes a new list of groups, adding one a longer list."""
         present = optimizer.param_groups
         known = self._groups.get(optimizer)
-        if known is None or known[0] is not present or known[1] != len(present):
-            by_id = {id(p): group for group in present for p in group["params"]}
-            known = self._groups[optimizer] = (present, len(present), by_id)
-        return known[2]
+        if known is not None and known[0] is present and known[1] == len(present):
+            return known[2]
+        by_id: dict[int, Mapping[str, Any]] = {id(p): group for group in present for p in group["params"]}
+        self._groups[optimizer] = (present, len(present), by_id)
+        return by_id
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
