@@ -96,13 +96,11 @@ def test_what_torch_computes_never_violates_the_recursion(make, dtype):
 def test_moments_that_change_within_a_step_are_found_from_the_first(key, factor):
     model = nn.Linear(8, 4)
     optimizer = torch.optim.AdamW(model.parameters())
-    original = optimizer.step
     [first] = updates(model, optimizer, 1)
     assert judged(OptimizerState(), LayerSample("x", update=first)).severity is Severity.OK
     moment = first.state[key] * factor
     broken = type(first)(**{f: getattr(first, f) for f in first.__slots__} | {"state": {**first.state, key: moment}})
     assert judged(OptimizerState(), LayerSample("x", update=broken)).severity is Severity.CRITICAL
-    assert optimizer.step == original
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.97])
