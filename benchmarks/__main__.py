@@ -15,6 +15,7 @@ from benchmarks.benchmark import Benchmark, Result
 from benchmarks.calibration import CalibrationBenchmark as Calibration
 from benchmarks.cost import Cost
 from benchmarks.data_quality import DataQualityBenchmark as DataQuality
+from benchmarks.forensics import ForensicsBenchmark, ForensicsHealthy
 from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
 from benchmarks.markdown import insert
@@ -42,6 +43,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Snapshots(),
     Journal(),
     DataQuality(),
+    ForensicsBenchmark(),
+    ForensicsHealthy(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
 _WHERE = {"--json": 1, "--plot": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}

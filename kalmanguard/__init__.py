@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         VetoIntervention,
     )
     from kalmanguard.faults import FaultInjector
+    from kalmanguard.forensics import Forensics
     from kalmanguard.records import Action, Decision, Evidence, Guarantee, Level, Measurement, Mode, ProbeReading
     from kalmanguard.sensors.samples import SampleSignals, sample_signals
     from kalmanguard.settings import Settings
@@ -41,6 +42,7 @@ __all__ = [
     "Engine",
     "Evidence",
     "FaultInjector",
+    "Forensics",
     "Guarantee",
     "Intervention",
     "JournalError",
@@ -78,6 +80,7 @@ _HOMES = {
         "VetoIntervention",
     ),
     "faults": ("FaultInjector",),
+    "forensics": ("Forensics",),
     "records": ("Action", "Decision", "Evidence", "Guarantee", "Level", "Measurement", "Mode", "ProbeReading"),
     "sensors.samples": ("SampleSignals", "sample_signals"),
     "settings": ("Settings",),
