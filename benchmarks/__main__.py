@@ -17,6 +17,7 @@ from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
 from benchmarks.markdown import insert
 from benchmarks.persistent import Persistent
+from benchmarks.predictor import Predictor
 from benchmarks.probe_clock import ProbeClock
 from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
@@ -27,6 +28,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Recovery(),
     Persistent(),
     Healthy(),
+    Predictor(),
     RealCurves(),
     Cost(),
     Sketch(),
@@ -35,7 +37,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Journal(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
-_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1}
+_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--corpus": 1}
 
 
 def main(arguments: list[str]) -> int:
