@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import warnings
@@ -275,6 +276,7 @@ def _card(files: dict[str, PredictorFile], result: Result) -> str:
     about = result["trained_on"]
     strongest = table(["feature", "weight per standard deviation"], [[n, f"{w:+.2f}"] for n, w in result["strongest"]])
     thresholds = ", ".join(f"{kind} {number(file.threshold)}" for kind, file in files.items())
+    digests = "\n".join(f"- `{kind}.json`: `{json.loads(file.dump())['digest']}`" for kind, file in files.items())
     groups = table(["plant, what became of the run", "runs"], [[f"{p}, {g}", n] for p, g, n in result["groups"]])
     return f"""# Failure predictor
 
@@ -283,7 +285,9 @@ def _card(files: dict[str, PredictorFile], result: Result) -> str:
 loaded by `kalmanguard.detectors.predictor.FailurePredictor.load("default", statistics=STATISTICS)`; nothing is
 unpickled.
 
-Made by `{about["command"]}`. Guarantee: {Guarantee.HEURISTIC.value}.
+Made by `{about["command"]}`. Guarantee: {Guarantee.HEURISTIC.value}. SHA-256 of the contents:
+
+{digests}
 
 ## Training data
 

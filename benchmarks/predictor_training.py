@@ -140,9 +140,14 @@ def trained(kind: str, x: Floats, y: Flags, weights: Floats) -> Any:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1_000))
         return model.fit(x, y, logisticregression__sample_weight=weights)
     model = HistGradientBoostingClassifier(
-        max_iter=50, max_leaf_nodes=8, max_bins=64, min_samples_leaf=50, l2_regularization=10.0, early_stopping=False,
+        max_iter=50,
+        max_leaf_nodes=8,
+        max_bins=64,
+        min_samples_leaf=min(50, 1 + len(x) // 20),
+        l2_regularization=10.0,
+        early_stopping=False,
         random_state=0,
-    )  # fmt: skip
+    )
     return model.fit(x, y, sample_weight=weights)
 
 

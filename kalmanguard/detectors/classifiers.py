@@ -94,7 +94,7 @@ class TreeClassifier:
             if not tree:
                 raise ConfigurationError(f"Tree {number} is empty.")
         self.intercept = intercept
-        self.trees = tuple(tuple(map(tuple, tree)) for tree in trees)
+        self.trees = tuple(map(tuple, trees))
 
     def log_odds(self, features: Sequence[float]) -> float:
         """Log odds of one row, shape ``(F,)``."""

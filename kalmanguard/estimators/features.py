@@ -39,6 +39,8 @@ _WARMUP_STEPS = 30
 _LARGEST = 5.0
 _NOTHING = (0.0,) * len(INPUTS)
 
+_Known = tuple[int, float, float, float, float, float, float, tuple[float, float, float]]
+
 
 class FeatureState(NamedTuple):
     """What earlier steps have left: reference levels (``nan`` before there is one), the last probe, the summaries."""
@@ -84,10 +86,10 @@ class FeatureBank:
     Notes
     -----
     The number of the step is no feature, nor is the length of the run: a predictor must not learn when its training
-    faults came. What a step did not show (no loss passed, no buffers, a value that is not finite, no probe) counts as
-    an innovation of zero; what was given back stays what it was. The engine confirms non-finite values itself.
+    faults came. What a step did not show (no loss passed, no buffers, a value that is not finite) counts as zero; what
+    the last probe showed stays until the next one. The engine confirms non-finite values itself.
     Guarantee: none of its own; unchanged when losses and norms are given in another unit, up to rounding and the
-    engine's own absolute floors. Cost: about 13 us (``python -m benchmarks predictor``).
+    engine's own absolute floors. Cost: part of the predictor's (`FailurePredictor`).
 
     Examples
     --------
@@ -117,19 +119,18 @@ class FeatureBank:
         """Fold in one step; one without statistics (an unsupervised step) changes nothing."""
         if len(statistics) != self._size:
             return state
-        return self._summarised(*self._inputs(state, m, self._pick(statistics)))
-
-    @staticmethod
-    def _summarised(state: FeatureState, inputs: tuple[float, ...]) -> FeatureState:
-        return state._replace(
-            fast=tuple([f + _FAST * (x - f) for f, x in zip(state.fast, inputs, strict=True)]),
-            slow=tuple([s + _SLOW * (x - s) for s, x in zip(state.slow, inputs, strict=True)]),
-            peak=tuple([x if x > _DECAY * p else _DECAY * p for p, x in zip(state.peak, inputs, strict=True)]),
+        known, inputs = self._inputs(state, m, self._pick(statistics))
+        return FeatureState(
+            *known,
+            tuple([f + _FAST * (x - f) for f, x in zip(state.fast, inputs, strict=True)]),
+            tuple([s + _SLOW * (x - s) for s, x in zip(state.slow, inputs, strict=True)]),
+            tuple([x if x > _DECAY * p else _DECAY * p for p, x in zip(state.peak, inputs, strict=True)]),
         )
 
     def _inputs(
         self, state: FeatureState, m: Measurement, values: tuple[float, ...]
-    ) -> tuple[FeatureState, tuple[float, ...]]:
+    ) -> tuple[_Known, tuple[float, ...]]:
+        """What is to be known of this step later on (the first fields of the state), and the inputs."""
         z_loss, z_gradient, z_gain, z_buffers, z_trajectory, rank, drift_m, drift_x, level, speed = values[:10]
         first, lowest = state.first_loss, state.lowest_level
         loss_lost = level_lost = 0.0
@@ -153,13 +154,12 @@ class FeatureBank:
         probe = _probe(state.probe, *values[10:])
         inputs = (
             _bounded(z_loss), _bounded(z_gradient), _bounded(z_gain), _bounded(z_buffers), _bounded(z_trajectory),
-            math.log(rank) if rank >= 1.0 else 0.0, math.log1p(drift_m) if drift_m >= 0.0 else 0.0,
-            drift_x if drift_x == drift_x else 0.0,
+            math.log(rank) if 1.0 <= rank < math.inf else 0.0,
+            math.log1p(drift_m) if 0.0 <= drift_m < math.inf else 0.0,
+            drift_x if -1.0 <= drift_x <= 1.0 else 0.0,
             loss_lost, level_lost, gradient_growth, speed_growth, excursion, rate_change, *probe,
         )  # fmt: skip
-        known = FeatureState(
-            state.seen + 1, first, lowest, gradient, pace, rate, rate_range, probe, state.fast, state.slow, state.peak
-        )
+        known = (state.seen + 1, first, lowest, gradient, pace, rate, rate_range, probe)
         return known, inputs
 
 
