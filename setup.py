@@ -6,6 +6,10 @@ setuptools can find packages by itself or map a folder to a name, but in pyproje
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["kalmanguard", "kalmanguard.*"]), "kalmanguard.models"],
+    packages=[
+        *find_packages(include=["kalmanguard", "kalmanguard.*"]),
+        "kalmanguard.models",
+        "kalmanguard.models.predictor",  # data only
+    ],
     package_dir={"kalmanguard.models": "models"},
 )

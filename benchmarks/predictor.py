@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import warnings
@@ -20,6 +21,7 @@ from benchmarks.predictor_corpus import corpus, record
 from benchmarks.predictor_evaluation import BINS, evaluate, one_sample_a_run, step_cost_us
 from benchmarks.predictor_training import KINDS, RATE, Run, fit_with_threshold, folds_of, prepare, to_file
 from kalmanguard.detectors.predictor_file import DEFAULT, PredictorFile
+from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import Guarantee
 
 SEEDS = 4
@@ -51,11 +53,16 @@ class Predictor(Benchmark):
         quick = options.quick
         plants = options.plants or (["mlp"] if quick else None)
         cases = corpus(seeds=options.seeds or (1 if quick else SEEDS), plants=plants, quick=quick)
-        traces = []
+        traces, impossible = [], 0
         for count, case in enumerate(cases, start=1):
-            traces.append(record(case, options.corpus))
+            try:
+                traces.append(record(case, options.corpus))
+            except ConfigurationError:
+                impossible += 1  # such as moments where the optimizer keeps none
             if sys.stderr.isatty():
                 print(f"\r{count} of {len(cases)} runs", end="\n" if count == len(cases) else "", file=sys.stderr)
+        which = [] if options.seeds is None else ["--seeds", str(options.seeds)]
+        which += [] if plants is None else ["--plants", *plants]
         prepared = [prepare(trace) for trace in traces]
         runs = [run for run in prepared if run is not None]
         with warnings.catch_warnings():
@@ -68,13 +75,16 @@ class Predictor(Benchmark):
                 "steps": int(sum(run.usable.sum() for run in runs)),
                 "healthy_steps": int(sum(run.healthy.sum() for run in runs)),
                 "plants": ", ".join(sorted({run.case.plant for run in runs})),
-                "command": "python -m benchmarks predictor --export models/predictor",
+                "command": shlex.join(
+                    ["python", "-m", "benchmarks", "predictor", *which, "--export", "models/predictor"]
+                ),
             }
             files = {
                 kind: to_file(fit_with_threshold(kind, runs, SHIPPED), runs, SHIPPED, trained_on) for kind in KINDS
             }
         result |= {
             "dropped": len(traces) - len(runs),
+            "impossible": impossible,
             "trained_on": trained_on,
             "groups": [[*key, count] for key, count in sorted(Counter((r.case.plant, r.group) for r in runs).items())],
             "cost_us": {kind: step_cost_us(file, traces[0]) for kind, file in files.items()},
@@ -89,7 +99,8 @@ class Predictor(Benchmark):
         trained_on = result["trained_on"]
         parts = [
             f"{trained_on['runs']} runs in observe mode ({trained_on['failing']} fail; {result['dropped']} more failed "
-            f"before there was a forecast and are left out), {trained_on['steps']:,} steps with a forecast, "
+            f"before there was a forecast and are left out; {result['impossible']} were impossible, since the "
+            f"optimizer lacks what the fault strikes), {trained_on['steps']:,} steps with a forecast, "
             f"{trained_on['healthy_steps']:,} of them healthy. A run *fails* at the first step at whose end its true "
             "loss has given back more than 20 % of the progress; a step is *positive* when that lies within the "
             "horizon. Steps from the failure on are left out, and so are steps before a fault whose horizon reaches "
@@ -108,8 +119,10 @@ class Predictor(Benchmark):
                 [row for e in result["evaluations"] if e["split"] == PLANTS for row in _per_plant(e)],
             ),
             f"Lead over the failure in steps (horizon {SHIPPED}, {FOLDS}), median / least; *of*: how many of the "
-            "failing runs were met before the failure at all. *Suspected* and *confirmed*: the engine itself, on the "
-            "same runs.",
+            "failing runs were met before the failure at all. A lead beyond the horizon is an alarm that came too "
+            "early by the label, in a run that did fail. *Suspected* and *confirmed*: the engine itself, on the same "
+            "runs. The truth is measured at every 2nd step (8th on the transformer), so all leads may be that much too "
+            "long.",
             *(_leads(e) for e in default if e["split"] == FOLDS),
             *(_added(e) for e in default),
             f"Forecast probability against the share of steps that did have a failure ahead (horizon {SHIPPED}, "
@@ -280,10 +293,10 @@ def _card(files: dict[str, PredictorFile], result: Result) -> str:
     groups = table(["plant, what became of the run", "runs"], [[f"{p}, {g}", n] for p, g, n in result["groups"]])
     return f"""# Failure predictor
 
-`logistic.json` (the default, {DEFAULT!r}) and `boosting.json`: the probability that a training run gives back more than
-20 % of its progress within the next {SHIPPED} steps, from what the engine sees of every step. JSON with a digest,
-loaded by `kalmanguard.detectors.predictor.FailurePredictor.load("default", statistics=STATISTICS)`; nothing is
-unpickled.
+`boosting.json` and `logistic.json` (`"default"` stands for {DEFAULT}): the probability that a training run gives back
+more than 20 % of its progress within the next {SHIPPED} steps, from what the engine sees of every step. JSON with a
+digest, loaded by `kalmanguard.detectors.predictor.FailurePredictor.load("default", statistics=STATISTICS)`; nothing
+is unpickled.
 
 Made by `{about["command"]}`. Guarantee: {Guarantee.HEURISTIC.value}. SHA-256 of the contents:
 
@@ -298,8 +311,8 @@ Made by `{about["command"]}`. Guarantee: {Guarantee.HEURISTIC.value}. SHA-256 of
 {groups}
 
 Thresholds for {RATE} false alarms per 1,000 healthy steps, chosen on forecasts of classifiers that had not seen the
-run: {thresholds}. Prevalence, hence probability, is that of this corpus, in which most runs are damaged: in ordinary
-training failures are rarer, and the probabilities too high.
+run: {thresholds}. The probabilities are those of this corpus, in which most runs are damaged: in ordinary training
+failures are rarer, and the probabilities too high.
 
 Strongest weights of the logistic predictor:
 

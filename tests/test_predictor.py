@@ -277,8 +277,8 @@ def test_other_files_are_refused_with_a_sentence(text: str, tmp_path: Path) -> N
 
 
 def test_names_of_shipped_predictors() -> None:
-    assert read_predictor("default") == read_predictor("logistic")
-    assert read_predictor("boosting").kind == "trees"
+    assert read_predictor("default") == read_predictor("boosting")
+    assert (read_predictor("boosting").kind, read_predictor("logistic").kind) == ("trees", "logistic")
     with pytest.raises(ConfigurationError, match="boosting, logistic"):
         read_predictor("oracle")
 
@@ -287,7 +287,7 @@ def test_the_shipped_ones_load_without_torch_and_say_when_they_are_missing() -> 
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from kalmanguard.detectors.predictor_file import read_predictor\n"
-        "assert read_predictor('default').kind == 'logistic'\n"
+        "assert read_predictor('logistic').kind == 'logistic'\n"
         "import kalmanguard.detectors.predictor_file as f\n"
         "f._PACKAGE = 'kalmanguard.elsewhere'\n"
         "try: read_predictor('default')\n"
@@ -400,14 +400,15 @@ def test_a_run_is_labelled_before_its_failure_and_not_before_its_cause(failing: 
     assert np.flatnonzero(ahead & sample).tolist() == list(range(max(at, failure - 5) - 1, failure - 1))
 
 
-def test_a_shipped_predictor_foretells_a_creeping_learning_rate(failing: Trace) -> None:
+@pytest.mark.parametrize("name", ["logistic", "boosting"])
+def test_the_shipped_predictors_foretell_a_creeping_learning_rate(failing: Trace, name: str) -> None:
     run = prepare(failing)
     assert run is not None
     assert run.failure is not None
-    classifier = read_predictor("default").classifier()
+    file = read_predictor(name)
+    classifier = file.classifier()
     scores = np.array([classifier.log_odds(row) for row in run.features.tolist()])
-    threshold = read_predictor("default").threshold
-    fired = firings(run, scores, math.log(threshold / (1 - threshold)), horizon=50)
+    fired = firings(run, scores, math.log(file.threshold / (1.0 - file.threshold)), file.horizon)
     assert run.case.at <= fired[0] < run.failure
 
 

@@ -19,7 +19,7 @@ FORMAT = 1
 #: Package whose ``predictor`` folder holds the shipped files; named only, since it imports torch.
 _PACKAGE = "kalmanguard.models"
 #: What ``"default"`` stands for.
-DEFAULT = "logistic"
+DEFAULT = "boosting"
 
 
 class PredictorFile(BaseModel):
@@ -100,12 +100,12 @@ def read_predictor(name: str | Path) -> PredictorFile:
     --------
     >>> file = read_predictor("default")
     >>> file.kind, file.horizon
-    ('logistic', 50)
+    ('trees', 50)
     """
     where, text = _text(name)
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigurationError(f"{where} is not JSON: {error}.") from None
     if not isinstance(content, dict):
         raise ConfigurationError(f"{where} holds a {type(content).__name__}; a predictor is an object.")
