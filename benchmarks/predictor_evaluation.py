@@ -30,6 +30,7 @@ from kalmanguard.records import Action, Decision, Level, Measurement, Mode
 #: Bounds of the forecast probabilities between which the frequency of failures is compared with them.
 BINS = (0.0, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 _DRAWS = 5
+_TIMED = 300
 
 
 def evaluate(kind: str, horizon: int, split: str, folds: Iterable[tuple[str, list[Run], list[Run]]]) -> Result:
@@ -148,10 +149,10 @@ def _table(runs: Sequence[Run], rows: dict[int, Floats]) -> tuple[Floats, Flags]
 
 
 def step_cost_us(file: PredictorFile, trace: Trace) -> float:
-    """Least time of a step, in microseconds, over a recorded run."""
+    """Least time of a step, in microseconds, over the beginning of a recorded run."""
     predictor = FailurePredictor(file, statistics=STATISTICS)
     steps = []
-    for index, values in enumerate(trace.rows[:, : len(STATISTICS)].tolist()):
+    for index, values in enumerate(trace.rows[:_TIMED, : len(STATISTICS)].tolist()):
         loss, rate, norm = (float(trace.column(name)[index]) for name in ("loss", "rate", "gradient_norm"))
         m = Measurement(step=index + 1, loss=loss, learning_rates=(rate,), gradient_norm=norm)
         decision = Decision(
@@ -159,7 +160,7 @@ def step_cost_us(file: PredictorFile, trace: Trace) -> float:
         )
         steps.append((m, decision))
     best = math.inf
-    for _ in range(20):
+    for _ in range(100):
         state: Any = predictor.init()
         started = time.perf_counter()
         for m, decision in steps:

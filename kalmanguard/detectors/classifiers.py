@@ -39,7 +39,8 @@ class LogisticClassifier:
 
     Notes
     -----
-    Equal to scikit-learn's ``LogisticRegression.predict_proba`` up to rounding (tested). Cost: 4 us for 51 features.
+    Equal to scikit-learn's ``LogisticRegression.predict_proba`` up to rounding (tested). Cost: one
+    multiplication a feature, a few microseconds.
 
     Examples
     --------
@@ -75,7 +76,7 @@ class TreeClassifier:
     Notes
     -----
     Equal to scikit-learn's ``HistGradientBoostingClassifier.predict_proba`` up to rounding (tested); features must not
-    be nan. Cost: 0.3 us a tree.
+    be nan. Cost: a comparison for each level of each tree.
 
     Examples
     --------
@@ -94,7 +95,8 @@ class TreeClassifier:
             if not tree:
                 raise ConfigurationError(f"Tree {number} is empty.")
         self.intercept = intercept
-        self.trees = tuple(map(tuple, trees))
+        # Plain tuples, since named ones are slower to unpack.
+        self.trees = tuple(tuple((n.feature, n.threshold, n.left, n.right, n.value) for n in tree) for tree in trees)
 
     def log_odds(self, features: Sequence[float]) -> float:
         """Log odds of one row, shape ``(F,)``."""
