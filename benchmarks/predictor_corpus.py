@@ -204,7 +204,8 @@ def record(case: Case, folder: Path | None = None) -> Trace:
     file = None if folder is None else folder / f"{case.key}.npz"
     if file is not None and file.exists():
         with np.load(file, allow_pickle=False) as kept:
-            return Trace(case, kept["rows"].astype(np.float64), float(kept["start"]))
+            if kept["columns"].tolist() == list(COLUMNS):  # else of an engine with other statistics
+                return Trace(case, kept["rows"].astype(np.float64), float(kept["start"]))
     torch.set_num_threads(1)
     torch.manual_seed(case.seed)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as run_dir:
@@ -214,7 +215,7 @@ def record(case: Case, folder: Path | None = None) -> Trace:
         rows = np.array([[*row, truth[step]] for step, row in _rows(run_dir)])
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(file, rows=rows, start=start)
+        np.savez_compressed(file, rows=rows, start=start, columns=np.array(COLUMNS))
     return Trace(case, rows, start)
 
 
