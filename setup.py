@@ -10,6 +10,7 @@ setup(
         *find_packages(include=["kalmanguard", "kalmanguard.*"]),
         "kalmanguard.models",
         "kalmanguard.models.calibration",
+        "kalmanguard.models.predictor",  # data only
     ],
     package_dir={"kalmanguard.models": "models"},
 )

@@ -22,6 +22,7 @@ from benchmarks.markdown import insert
 from benchmarks.organic.benchmark import Organic
 from benchmarks.persistent import Persistent
 from benchmarks.plot import PLOTTED, plot
+from benchmarks.predictor import Predictor
 from benchmarks.probe_clock import ProbeClock
 from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
@@ -36,6 +37,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Organic(),
     Calibration(),
     Replica(),
+    Predictor(),
     RealCurves(),
     Cost(),
     Sketch(),
@@ -48,6 +50,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
 _WHERE = {"--json": 1, "--plot": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}
+_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--corpus": 1}
 
 
 def main(arguments: list[str]) -> int:
