@@ -28,6 +28,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "chartransformer, warm restarts": ("chartransformer", {"size": "small", "schedule": "warm-restarts"}),
     "chartransformer, warm-up cosine": ("chartransformer", {"size": "small", "schedule": "warmup-cosine"}),
     "chartransformer base": ("chartransformer", {"size": "base"}),
+    "vit": ("vit", {}),
+    "vit, 20 % of the data": ("vit", {"data_frac": 0.2}),
 }
 
 

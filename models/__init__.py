@@ -7,6 +7,7 @@ from .cnn import CNN, CNNPlant
 from .mlp import MLP, MLPPlant
 from .plant import Plant, load_plant, plant_names
 from .quadratic import HeavyBall, QuadraticPlant
+from .vit import ViT, ViTPlant
 
 __all__ = [
     "CNN",
@@ -18,6 +19,8 @@ __all__ = [
     "MLPPlant",
     "Plant",
     "QuadraticPlant",
+    "ViT",
+    "ViTPlant",
     "load_plant",
     "plant_names",
 ]

@@ -249,7 +249,7 @@ def test_interventions_as_exceptions_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "resnet"), "choose one of chartransformer, cnn, mlp, quadratic"),
+        (("run", "resnet"), "choose one of chartransformer, cnn, mlp, quadratic, vit"),
         (("run", "mlp", "--fault", "gremlin@3"), "the kinds are nan_gradient"),
         (("run", "mlp", "--fault", "nan_gradient"), "write KIND"),
         (("run", "mlp", "--fault", "nan_gradient@500", "--steps", 400), "due at step 500, but the run ends after 400"),

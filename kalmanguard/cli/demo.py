@@ -36,7 +36,8 @@ def demo(
     seed: Seed = 0,
     fault: Faults = None,
     plant: Annotated[
-        str, typer.Option(help="What is trained: chartransformer, cnn, mlp, quadratic, or another registered plant.")
+        str,
+        typer.Option(help="What is trained: chartransformer, cnn, mlp, quadratic, vit, or another registered plant."),
     ] = "chartransformer",
     as_json: AsJson = False,
 ) -> None:

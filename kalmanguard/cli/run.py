@@ -37,7 +37,8 @@ def run(
     plant: Annotated[
         str,
         typer.Argument(
-            metavar="PLANT", help="What is trained: mlp, cnn, chartransformer, quadratic, or another registered plant."
+            metavar="PLANT",
+            help="What is trained: mlp, cnn, chartransformer, vit, quadratic, or another registered plant.",
         ),
     ],
     fault: Faults = None,
