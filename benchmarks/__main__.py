@@ -22,6 +22,8 @@ from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
 from benchmarks.sketch import SketchBenchmark as Sketch
 from benchmarks.snapshots import Snapshots
+from benchmarks.spectrum import Spectrum
+from benchmarks.thermostat import Thermostat
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     Recovery(),
@@ -33,6 +35,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     ProbeClock(),
     Snapshots(),
     Journal(),
+    Spectrum(),
+    Thermostat(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
 _WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1}
