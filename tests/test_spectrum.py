@@ -386,7 +386,9 @@ def test_nothing_is_judged_before_it_is_known_and_nothing_finite_is_needed() -> 
 
 
 def test_what_cannot_be_measured_is_named_and_is_no_evidence() -> None:
-    model = nn.ModuleDict({"nan": nn.Linear(8, 8), "zero": nn.Linear(8, 8), "freed": nn.Linear(8, 8), "ok": nn.Linear(8, 8)})
+    model = nn.ModuleDict(
+        {"nan": nn.Linear(8, 8), "zero": nn.Linear(8, 8), "freed": nn.Linear(8, 8), "ok": nn.Linear(8, 8)}
+    )
     health = SpectralHealth(model, every=1)
     with torch.no_grad():
         model["nan"].weight[0, 0] = math.nan

@@ -61,10 +61,10 @@ class SpectralThermostat:
 
         W <- c (W - a sigma u v^T),     a = lambda x steps x (learning rate / full learning rate)
 
-    with ``sigma, u, v`` the top singular triple by power iteration and ``c`` such that ``||W||_F`` stays as it was. That
-    is a step down the gradient of ``-log s``, so it changes the ratio that is measured; a decay of ``||W||``, of any
-    strength, does not. ``lambda`` comes from a PI controller on ``e = log(target / s)``: it rises while s is below the
-    target, falls to 0 when it is above, is bounded, and its integral does not wind up while it is at a bound.
+    with ``sigma, u, v`` the top singular triple by power iteration and ``c`` such that ``||W||_F`` stays as it was.
+    That is a step down the gradient of ``-log s``, so it changes the ratio that is measured; a decay of ``||W||``, of
+    any strength, does not. ``lambda`` comes from a PI controller on ``e = log(target / s)``: it rises while s is below
+    the target, falls to 0 when it is above, is bounded, and its integral does not wind up while it is at a bound.
 
     Parameters
     ----------
@@ -165,8 +165,8 @@ class SpectralThermostat:
                     self._loops[layer.name] = loop
         if not self._loops:
             raise ConfigurationError(
-                "The optimizer trains no dense floating-point matrix of this model of at least 4 x 4 that is finite and "
-                "not zero" + (" and included" if include is not None else "") + "; there is nothing to regulate."
+                "The optimizer trains no dense floating-point matrix of this model of at least 4 x 4 that is finite "
+                "and not zero" + (" and included" if include is not None else "") + "; there is nothing to regulate."
             )
         self._handle = optimizer.register_step_post_hook(self._after_step)
 

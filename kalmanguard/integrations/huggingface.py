@@ -24,8 +24,8 @@ class SpectralThermostatCallback(TrainerCallback):
     """A `SpectralThermostat` on a Trainer's model and optimizer, from the beginning of training to its end.
 
     ``Trainer(..., callbacks=[SpectralThermostatCallback()])`` is all there is to do. The thermostat is attached to the
-    torch optimizer beneath accelerate's, so it acts once per optimizer step whatever ``gradient_accumulation_steps`` is,
-    and neither the loss nor a gradient is touched.
+    torch optimizer beneath accelerate's, so it acts once per optimizer step whatever ``gradient_accumulation_steps``
+    is, and neither the loss nor a gradient is touched.
 
     Parameters
     ----------

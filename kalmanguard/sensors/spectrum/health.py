@@ -57,8 +57,8 @@ class SpectralHealth:
     -----
     Evidence, guarantee HEURISTIC (see `Baseline` for when): a layer's spectrum has collapsed against its own first
     measurements. Healthy training lowers stable ranks slowly, and may do so a lot.
-    Half precision is computed in float32 (no decomposition of torch takes it) and the submatrix in float64; a layer with
-    values that are not finite, or that cannot be read, is skipped and named, and is evidence of nothing here.
+    Half precision is computed in float32 (no decomposition of torch takes it) and the submatrix in float64; a layer
+    with values that are not finite, or that cannot be read, is skipped and named, and is evidence of nothing here.
     Cost: see `python -m benchmarks spectrum`. The first measurement of a layer reads its weights some twenty
     times, a later one six times; memory: a float32 copy of the one layer at hand when it has another dtype, and one
     vector a layer.

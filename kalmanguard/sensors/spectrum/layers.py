@@ -54,10 +54,10 @@ class MatrixLayer:
 def matrix_layers(model: nn.Module) -> tuple[MatrixLayer, ...]:
     """Find every parameter of two or more dimensions that can be read as a matrix of at least 4 x 4.
 
-    Convolutions are flattened to ``(channels out, channels in x kernel)``; transposed ones and transformers' ``Conv1D``,
-    which keep their outputs in the second dimension, are turned. Any other parameter of more than two dimensions is a
-    stack of rows of its last one. Tied parameters count once. Left out are sparse, complex, integer, quantised and
-    sharded parameters, and those on the meta device: none of them can be read in place.
+    Convolutions are flattened to ``(channels out, channels in x kernel)``; transposed ones and transformers'
+    ``Conv1D``, which keep their outputs in the second dimension, are turned. Any other parameter of more than
+    two dimensions is a stack of rows of its last one. Tied parameters count once. Left out are sparse, complex,
+    integer, quantised and sharded parameters, and those on the meta device: none of them can be read in place.
     """
     found: dict[int, MatrixLayer] = {}
     for prefix, module in model.named_modules():
