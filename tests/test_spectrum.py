@@ -386,19 +386,23 @@ def test_nothing_is_judged_before_it_is_known_and_nothing_finite_is_needed() -> 
 
 
 def test_what_cannot_be_measured_is_named_and_is_no_evidence() -> None:
-    model = nn.ModuleDict(
-        {"nan": nn.Linear(8, 8), "zero": nn.Linear(8, 8), "freed": nn.Linear(8, 8), "ok": nn.Linear(8, 8)}
-    )
-    health = SpectralHealth(model, every=1)
+    names = ("nan", "zero", "freed", "small", "large", "ok")
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+    model["freed"] = nn.Conv2d(8, 8, 3)
+    health = SpectralHealth(model, every=1, layers_per_measurement=6)
     with torch.no_grad():
         model["nan"].weight[0, 0] = math.nan
         model["zero"].weight.zero_()
+        model["small"].weight.mul_(1e-30)
+        model["large"].weight.mul_(1e30)
         model["freed"].weight.data = torch.empty(0)
     report = health.measure()
     assert [layer.name for layer in report.layers] == ["ok.weight"]
-    assert report.skipped["nan.weight"] == "not finite"
+    assert report.skipped["nan.weight"] == "not finite in float32"
     assert report.skipped["zero.weight"] == "all zero"
     assert "freed.weight" in report.skipped
+    assert report.skipped["small.weight"] == "too small for float32"
+    assert report.skipped["large.weight"] == "not finite in float32"
     assert [health.sense(step) for step in range(1, 20)] == [()] * 19
 
 

@@ -138,7 +138,7 @@ class SpectralHealth:
         for layer in self._drawn(number):
             try:
                 spectrum = self._measure(layer, number)
-            except (RuntimeError, TypeError, NotImplementedError) as error:  # a parameter that was replaced or freed
+            except Exception as error:  # a parameter that was freed or reshaped; a decomposition that fails
                 skipped[layer.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
             if isinstance(spectrum, str):
@@ -170,10 +170,10 @@ class SpectralHealth:
             whole = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
             norm = float(torch.linalg.vector_norm(whole))
             if not math.isfinite(norm):
-                return "not finite"
-            if norm == 0:
-                return "all zero"
-            top = self._top_singular(layer.name, whole, number)
+                return f"not finite in {whole.dtype}".replace("torch.", "")
+            top = self._top_singular(layer.name, whole, number) if norm > 0 else 0.0
+            if not top > 0:
+                return "all zero" if norm == 0 else f"too small for {whole.dtype}".replace("torch.", "")
             sample = self._sample(layer.name, matrix).to("cpu", torch.float64)
             fiedler, constant = connectivity(sample)
             rows, columns = matrix.shape
