@@ -399,9 +399,9 @@ def test_what_cannot_be_measured_is_named_and_is_no_evidence() -> None:
     report = health.measure()
     assert [layer.name for layer in report.layers] == ["ok.weight"]
     assert report.skipped["nan.weight"] == "not finite in float32"
-    assert report.skipped["zero.weight"] == "all zero"
+    assert report.skipped["zero.weight"] == "zero in float32"
     assert "freed.weight" in report.skipped
-    assert report.skipped["small.weight"] == "too small for float32"
+    assert report.skipped["small.weight"] == "zero in float32"
     assert report.skipped["large.weight"] == "not finite in float32"
     assert [health.sense(step) for step in range(1, 20)] == [()] * 19
 

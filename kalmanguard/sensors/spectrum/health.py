@@ -173,7 +173,7 @@ class SpectralHealth:
                 return f"not finite in {whole.dtype}".replace("torch.", "")
             top = self._top_singular(layer.name, whole, number) if norm > 0 else 0.0
             if not top > 0:
-                return "all zero" if norm == 0 else f"too small for {whole.dtype}".replace("torch.", "")
+                return f"zero in {whole.dtype}".replace("torch.", "")
             sample = self._sample(layer.name, matrix).to("cpu", torch.float64)
             fiedler, constant = connectivity(sample)
             rows, columns = matrix.shape
