@@ -53,9 +53,9 @@ class Thermostat(Benchmark):
             f"{len(result['seeds'])} seeds, {result['steps']} steps of AdamW; within a seed all runs have the same "
             "initial weights and the same 220 training digits in the same order. Held-out accuracy and loss on 350 "
             f"digits every {_EVERY} steps, *final* being the mean of the last {_LAST}. *Steps to target*: until the "
-            f"accuracy first reaches {100 * _TARGET_FRAC:.0f} % of the bare run's final one. *Matched*: a decoupled decay "
-            "of the same matrices with each one's mean strength in the run with target 1.0. The second learning rate is "
-            "one at which stable ranks fall without a thermostat.",
+            f"accuracy first reaches {100 * _TARGET_FRAC:.0f} % of the bare run's final one. *Matched*: a decoupled "
+            "decay of the same matrices with each one's mean strength in the run with target 1.0. The second learning "
+            "rate is one at which stable ranks fall without a thermostat.",
         ]
         for rate, runs in result["rates"].items():
             parts += self._part(rate, runs)
