@@ -29,6 +29,8 @@ from benchmarks.recovery import Recovery
 from benchmarks.replica import Replica
 from benchmarks.sketch import SketchBenchmark as Sketch
 from benchmarks.snapshots import Snapshots
+from benchmarks.spectrum import Spectrum
+from benchmarks.thermostat import Thermostat
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     Recovery(),
@@ -47,6 +49,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     DataQuality(),
     ForensicsBenchmark(),
     ForensicsHealthy(),
+    Spectrum(),
+    Thermostat(),
 )
 #: Options that decide where a result goes, not what it is, and whether a value follows.
 _WHERE = {"--json": 1, "--plot": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}

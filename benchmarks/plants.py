@@ -41,6 +41,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn": ("rnn", {}),
     "gan": ("gan", {}),
     "cartpole": ("cartpole", {}),
+    "vit": ("vit", {}),
+    "vit, 20 % of the data": ("vit", {"data_frac": 0.2}),
 }
 
 

@@ -12,6 +12,7 @@ from .quadratic import HeavyBall, QuadraticPlant
 from .resnet import ResNet, ResNetPlant
 from .rnn import RNN, RNNPlant
 from .unet import UNet, UNetPlant
+from .vit import ViT, ViTPlant
 
 __all__ = [
     "CNN",
@@ -33,6 +34,8 @@ __all__ = [
     "ResNetPlant",
     "UNet",
     "UNetPlant",
+    "ViT",
+    "ViTPlant",
     "load_plant",
     "plant_names",
 ]

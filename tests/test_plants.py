@@ -32,12 +32,14 @@ from kalmanguard.models import (
     ResNetPlant,
     RNNPlant,
     UNetPlant,
+    ViTPlant,
     load_plant,
     plant_names,
 )
 from kalmanguard.models.digits import load_digits
 from kalmanguard.models.recipe import make_schedule
 from kalmanguard.models.stdlib_text import VOCABULARY, load_text, windows
+from kalmanguard.models.vit import _patches
 
 PLANTS = [
     MLPPlant,
@@ -49,6 +51,7 @@ PLANTS = [
     RNNPlant,
     GANPlant,
     CartPolePlant,
+    ViTPlant,
 ]
 
 
@@ -64,7 +67,7 @@ def random_states() -> tuple[object, ...]:
     ("make", "options", "steps", "below"),
     [
         # Fraction of the initial held-out loss; measured at most 0.087, 0.092, 0.086, 0.031, 0.022, 0.590, 0.586, 1e-6
-        # and, of the later ones, 0.120, 0.101, 0.310, 0.397, 0.033, 0.510, 0.375.
+        # and, of the later ones, 0.120, 0.101, 0.310, 0.397, 0.033, 0.510, 0.375; ViT 0.176, 0.193.
         (MLPPlant, {}, 150, 0.1),
         (MLPPlant, {"optimizer": "sgd"}, 150, 0.1),
         (MLPPlant, {"optimizer": "sgd", "momentum": 0.0, "batch_size": 8}, 300, 0.15),
@@ -80,6 +83,8 @@ def random_states() -> tuple[object, ...]:
         (RNNPlant, {}, 300, 0.06),
         (GANPlant, {}, 100, 0.55),
         (CartPolePlant, {}, 25, 0.5),
+        (ViTPlant, {}, 80, 0.2),
+        (ViTPlant, {"data_frac": 0.2}, 80, 0.22),
     ],
 )
 def test_plant_learns(make: type[Plant], options: dict[str, object], steps: int, below: float) -> None:
@@ -205,6 +210,28 @@ def test_digit_splits_are_disjoint_fixed_and_standardised() -> None:
     assert abs(float(digits.train_inputs.std()) - 1) < 1e-5
     assert all(len(targets.unique()) == 10 for targets in digits[1::2])
     assert all(torch.equal(a, b) for a, b in zip(digits, load_digits(), strict=True))
+
+
+def test_a_fraction_of_the_digits_is_drawn_by_the_seed_and_leaves_the_other_splits_whole() -> None:
+    def shown(plant: Plant) -> set[tuple[float, ...]]:
+        return {tuple(row) for _ in range(6) for row in next(plant.loader)[0].flatten(1).tolist()}
+
+    few = [shown(ViTPlant(seed=seed, data_frac=0.2, batch_size=44)) for seed in (0, 0, 1)]
+    train_rows = {tuple(row) for row in load_digits().train_inputs.tolist()}
+    assert [len(rows) for rows in few] == [220] * 3  # the fifth of 1,097, rounded up: the sixth batch shows no more
+    assert few[0] == few[1] != few[2]
+    assert few[0] <= train_rows
+    whole, part = ViTPlant(seed=0), ViTPlant(seed=0, data_frac=0.2)
+    assert whole.held_out_loss() == part.held_out_loss()
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole.probe_loader, part.probe_loader, strict=True))
+
+
+def test_patches_are_the_squares_of_the_image() -> None:
+    images = torch.arange(2 * 64.0).view(2, 1, 8, 8)
+    patches = _patches(images)
+    assert patches.shape == (2, 16, 4)
+    assert patches[0, 0].tolist() == [0, 1, 8, 9]
+    assert patches[1, 5].tolist() == [64 + 18, 64 + 19, 64 + 26, 64 + 27]
 
 
 def test_text_is_the_library_in_order_cut_in_three() -> None:
@@ -386,6 +413,7 @@ def test_identity_network_begins_as_one_and_explodes_by_itself() -> None:
         (CNNPlant, {}, 15_418, 15_418),
         (CharTransformerPlant, {}, 110_000, 130_000),
         (CharTransformerPlant, {"size": "base"}, 3_100_000, 3_500_000),
+        (ViTPlant, {}, 86_506, 86_506),
         (CharTransformerPlant, {"context": 32, "batch_size": 4}, 110_000, 130_000),
         (ResNetPlant, {}, 77_562, 77_562),
         (ResNetPlant, {"blocks": 2}, 170_000, 180_000),
@@ -537,6 +565,9 @@ def test_gradient_noise_is_white_with_the_stated_deviation() -> None:
         (MLPPlant, {"optimizer": "adam"}, "no optimizer 'adam'"),
         (CNNPlant, {"schedule": "linear"}, "no schedule 'linear'"),
         (CNNPlant, {"schedule": "cosine", "steps": 5}, "steps = 5"),
+        (ViTPlant, {"data_frac": 0.0}, "data_frac = 0"),
+        (ViTPlant, {"data_frac": 1.01}, "data_frac = 1.01"),
+        (ViTPlant, {"data_frac": 0.05}, "exceeds the 55"),
         (CharTransformerPlant, {"size": "huge"}, "no size 'huge'"),
         (CharTransformerPlant, {"context": 1}, "context = 1"),
         (CharTransformerPlant, {"context": 4096}, "do not fit"),
@@ -556,7 +587,7 @@ def test_bad_options_are_refused(make: type[Plant], options: dict[str, object], 
 
 
 def test_installed_plants_are_found_by_name() -> None:
-    names = {"mlp", "cnn", "chartransformer", "quadratic", "resnet", "unet", "rnn", "gan", "cartpole"}
+    names = {"mlp", "cnn", "chartransformer", "quadratic", "resnet", "unet", "rnn", "gan", "cartpole", "vit"}
     assert names <= set(plant_names())
     for name in names:
         plant = load_plant(name)(seed=1)

@@ -1,1 +1,1 @@
-"""Decisions to deeds: the recovery actions, on a live model and optimizer."""
+"""Decisions to deeds: the recovery actions, on a live model and optimizer; and the spectral thermostat."""

@@ -38,8 +38,8 @@ def run(
         str,
         typer.Argument(
             metavar="PLANT",
-            help="What is trained: mlp, cnn, resnet, unet, rnn, gan, cartpole, chartransformer, quadratic, or another "
-            "registered plant.",
+            help="What is trained: mlp, cnn, resnet, vit, unet, rnn, gan, cartpole, chartransformer, quadratic, or "
+            "another registered plant.",
         ),
     ],
     fault: Faults = None,

@@ -1,1 +1,1 @@
-"""PyTorch to numbers: probe, sketch, optimizer tap, integrity."""
+"""PyTorch to numbers: probe, sketch, optimizer tap, integrity, spectral health."""
