@@ -764,11 +764,10 @@ class Supervisor:
             raise SnapshotError("A run without a run folder has no checkpoint to resume from.")
         step, tree, meta = loop.actuator.store.load_last_clean()
         loop.actuator.state.load_tree(tree, rng=True, schedule=True, data=self._rewindable)
-        self.load_state_dict(meta)
         # The checkpoint may be of an earlier step than the one it was written at: the filters go back with the state.
-        rewound = dict(statefile.load(meta["engine"]).saved).get(step)
-        if rewound is not None:
-            loop.state = loop.state._replace(estimators=rewound)
+        state = statefile.load(meta["engine"])
+        estimators = dict(state.saved).get(step, state.estimators)
+        self.load_state_dict({**meta, "engine": statefile.dump(state._replace(estimators=estimators))})
 
     def _abandon(self) -> None:
         self._closed = True

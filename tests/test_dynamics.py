@@ -346,7 +346,7 @@ def train(plant: Plant, steps: int, after: Callable[[], object], *, rate: float 
 def test_no_diagnostic_ever_acts_on_healthy_training_and_few_speak(make: Callable[[], Plant], steps: int) -> None:
     torch.manual_seed(0)
     plant = make()
-    settings = Settings(detectors=tuple(DETECTORS), probe_every=25)
+    settings = Settings(detectors=tuple(DETECTORS), calibration="default", probe_every=25)
     with Supervisor(plant.model, plant.probe_loader, settings=settings) as guard:
         spoke = []
         train(plant, steps, lambda: spoke.extend(e for e in guard.update().evidence if e.detector in NAMES))

@@ -36,7 +36,11 @@ def demo(
     seed: Seed = 0,
     fault: Faults = None,
     plant: Annotated[
-        str, typer.Option(help="What is trained: chartransformer, cnn, mlp, or another registered plant.")
+        str,
+        typer.Option(
+            help="What is trained: mlp, cnn, resnet, vit, unet, rnn, gan, cartpole, chartransformer, quadratic, or "
+            "another registered plant."
+        ),
     ] = "chartransformer",
     as_json: AsJson = False,
 ) -> None:

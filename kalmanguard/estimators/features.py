@@ -137,7 +137,7 @@ class FeatureBank:
         if m.loss is not None and math.isfinite(m.loss):
             if first != first:
                 first = m.loss
-            lowest = level if level < lowest else lowest
+            lowest = level if -math.inf < level < lowest else lowest
             loss_lost, level_lost = _given_back(m.loss, first, lowest), _given_back(level, first, lowest)
         gradient, gradient_growth = _growth(state.gradient, m.gradient_norm)
         pace, speed_growth = _growth(state.speed, speed)
