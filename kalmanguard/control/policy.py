@@ -193,9 +193,12 @@ class Policy:
         evidence: tuple[Evidence, ...],
         statistics: tuple[float, ...],
         *,
-        largest_gradient: float,
+        gradients: tuple[float, float],
     ) -> Ruling:
-        """Let the step stand; say what the ring does, and what the next gradient may be."""
+        """Let the step stand; say what the ring does, and what the next gradient may be.
+
+        ``gradients`` are a typical norm and the largest of the recent past.
+        """
         certify: tuple[int, ...] = ()
         if is_restore(m) and verdict.accepted:
             assert m.outcome is not None
@@ -222,7 +225,7 @@ class Policy:
             best = verdict.level if verdict.accepted else math.inf
             slot = Slot(m.step, verdict.accepted, best, suspect=ledger.episode is not None and m.outcome is None)
             ledger = ledger._replace(slots=(*(s for s in kept if s.step not in evict), slot), last_snapshot=m.step)
-        gate, clip = self._gate(ledger, m, verdict, evidence, largest_gradient)
+        gate, clip = self._gate(ledger, m, verdict, evidence, *gradients)
         level = _level(ledger, m, verdict, evidence)
         action = Action.VETO if m.veto in ("nonfinite", "explosion") else Action.ACCEPT
         orders = Orders(
@@ -242,7 +245,13 @@ class Policy:
         return Ruling(ledger, decision)
 
     def _gate(
-        self, ledger: Ledger, m: Measurement, verdict: Verdict, evidence: tuple[Evidence, ...], largest_gradient: float
+        self,
+        ledger: Ledger,
+        m: Measurement,
+        verdict: Verdict,
+        evidence: tuple[Evidence, ...],
+        typical: float,
+        largest: float,
     ) -> tuple[float, bool]:
         """Largest gradient norm of the next step, and whether it is scaled down beyond that instead of dropped.
 
@@ -251,14 +260,14 @@ class Policy:
         one after the other.
         """
         settings, episode = self._settings, ledger.episode
-        gate = settings.gate_ratio * largest_gradient if ledger.warm and largest_gradient > 0 else math.inf
+        gate = settings.gate_ratio * largest if ledger.warm and largest > 0 else math.inf
         if ledger.warm and episode is not None and verdict.accepted and self._judge.is_hopeless(ledger, m):
             met = m.veto == "explosion" or any(item.detector == "loss" and item.fired for item in evidence)
             if met and episode.gradient < gate:
                 return episode.gradient, False
         if ledger.skipped_in_a_row >= settings.gate_skips and math.isfinite(gate):
-            # Scaled down to what was seen before, not to the gate: Adam remembers its square for a thousand steps.
-            return largest_gradient, True
+            # Scaled down to a typical norm, not to the gate: Adam remembers the square of it for a thousand steps.
+            return typical, True
         return gate, False
 
     def _recovered(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> bool:

@@ -106,7 +106,7 @@ class Dynamics:
             heads=(*state.heads[1 - WINDOW :], per_rate[:COORDINATES]),
             last=step,
         )
-        if state.covariance.count == 0 and len(state.speeds) == WINDOW and len(state.covariance.blocks) >= BLOCKS // 2:
+        if state.covariance.filled == 0 and len(state.speeds) == WINDOW and len(state.covariance.blocks) >= BLOCKS // 2:
             state = self._judge(state, found)
         return state, found
 

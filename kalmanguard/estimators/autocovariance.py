@@ -48,7 +48,7 @@ class AutocovarianceState(NamedTuple):
     velocities: tuple[FloatArray, ...] = ()
     products: tuple[Products, ...] = ()
     sums: Moments = Moments()
-    count: int = 0
+    filled: int = 0
     blocks: tuple[Moments, ...] = ()
 
 
@@ -74,8 +74,8 @@ def observe(state: AutocovarianceState, velocity: FloatArray) -> AutocovarianceS
         s.jerk + (d[0] + 4.0 * (e[0] - d[1] - e[1]) + f[0] + 2.0 * d[2]),
         s.v02 + d[2], s.v12 + e[1], s.v03 + d[3], s.v13 + e[2], s.v23 + f[1], s.v04 + d[4], s.v14 + e[3], s.v24 + f[2],
     )  # fmt: skip
-    if state.count + 1 < BLOCK:
-        return AutocovarianceState(kept, (d, e), sums, state.count + 1, state.blocks)
+    if state.filled + 1 < BLOCK:
+        return AutocovarianceState(kept, (d, e), sums, state.filled + 1, state.blocks)
     return AutocovarianceState(kept, (d, e), Moments(), 0, (*state.blocks[1 - BLOCKS :], sums))
 
 
