@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ablation import Ablation
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.calibration import CalibrationBenchmark as Calibration
 from benchmarks.cost import Cost
@@ -35,6 +36,7 @@ from benchmarks.thermostat import Thermostat
 BENCHMARKS: tuple[Benchmark, ...] = (
     Recovery(),
     Persistent(),
+    Ablation(),
     Healthy(),
     Organic(),
     Calibration(),

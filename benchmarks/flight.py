@@ -152,7 +152,7 @@ class _Loop:
     def _reckon(self, events: list[dict[str, Any]], step: int) -> None:
         """Keep count of the updates that are part of the present state, and of those that were undone."""
         for event in events:
-            if event["kind"] == "veto" and event["restored"] is None and self.flight.guard == "kalmanguard":
+            if event["kind"] == "veto" and event["restored"] is None and self.flight.guard.startswith("kalmanguard"):
                 self.live -= 1
             if event["restored"] is not None:
                 before = self.live_at.get(event["restored"], 0)

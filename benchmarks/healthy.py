@@ -18,7 +18,7 @@ LONG = (
     *("mlp", "mlp, batch 8", "mlp, batch 2", "mlp, SGD", "mlp, SGD momentum 0.9", "mlp, warm restarts"),
     *("mlp, warm-up cosine", "cnn"),
 )
-SHORT = ("chartransformer",)
+SHORT = ("chartransformer", "resnet", "vit", "unet", "rnn", "gan", "cartpole")
 _LONG_STEPS, _SHORT_STEPS = 3_000, 400
 #: Guards that run unless others are asked for.
 USUAL = ("kalmanguard", "z-score", "ARC")

@@ -45,7 +45,7 @@ def fly_all(flights: Sequence[Flight], *, processes: int, cache: Path | None = N
             found[key] = result
             if cache is not None:
                 with cache.open("a", encoding="utf-8") as file:
-                    sources = own if wanted[key].guard == "kalmanguard" else ""
+                    sources = own if wanted[key].guard.startswith("kalmanguard") else ""
                     file.write(json.dumps([key, result, sources]) + "\n")
             if sys.stderr.isatty():
                 print(f"\r{count} of {len(todo)} runs", end="\n" if count == len(todo) else "", file=sys.stderr)

@@ -190,6 +190,7 @@ class Loop:
         self.tap.brace_norm = self.tap.brace_rate = math.inf
         self.attributor.interrupt()
         self.suite.interrupt()
+        self.attached.forget()
 
     def clip_value(self) -> float:
         """Gradient norm that healthy steps stay below: three deviations above its trend; inf while unknown."""

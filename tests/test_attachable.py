@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalmanguard import Decision, Evidence, Guarantee, Level, Supervisor
+from kalmanguard import Decision, Evidence, Forensics, Guarantee, Level, Supervisor
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.models.mlp import MLPPlant
 from kalmanguard.models.plant import Plant
@@ -67,6 +67,22 @@ def test_a_sensor_that_never_stops_buys_few_probes_and_changes_nothing() -> None
     assert runs[1]["rollbacks"] == runs[1]["vetoes"] == 0
     for a, b in zip(quiet.model.parameters(), loud.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_forensics_at_a_supervisor_finds_what_is_wrong_and_is_told_of_a_rollback() -> None:
+    plant = MLPPlant(seed=0)
+    forensics = Forensics(plant.model, plant.optimizer)
+    with Supervisor(plant.model, plant.probe_loader, settings={"probe_every": 20, "snapshot_every": 20}) as guard:
+        guard.attach(forensics)
+        healthy = train(plant, guard, 120)
+        assert not [e for d in healthy for e in d.evidence if e.detector.startswith("forensics")]
+        guard.rollback()
+        assert not [e for d in train(plant, guard, 40) for e in d.evidence if e.detector.startswith("forensics")]
+        with torch.no_grad():
+            plant.model.layers[0].bias[:100].fill_(-100.0)
+        found = {e.detector for d in train(plant, guard, 30) for e in d.evidence}
+        assert any(name.startswith("forensics.") for name in found)
+    assert not plant.model.layers[0]._forward_hooks  # taken off with the supervisor
 
 
 def test_a_sensor_that_raises_is_taken_off_and_training_goes_on() -> None:

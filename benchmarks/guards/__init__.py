@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.guards.clipping import Clipping, ZClip
 from benchmarks.guards.frameworks import KillLossSpike, RerunChecks, SkipStep
 from benchmarks.guards.guard import Event, Guard
-from benchmarks.guards.own import Kalmanguard
+from benchmarks.guards.own import Kalmanguard, variants
 from benchmarks.guards.peers import Arc, Argus, arc_version, argus_version
 from benchmarks.guards.published import AliasedProbeGate, ProbeGate, TightAliasedProbeGate, TightProbeGate
 from benchmarks.guards.zscore import LossZScore, ZScore
@@ -50,5 +50,7 @@ def available() -> list[str]:
 
 
 def make_guard(name: str, plant: Plant) -> Guard:
-    """Make a guard by the name that tables use."""
+    """Make a guard by the name that tables use; ``kalmanguard: NAME`` is a variant of `benchmarks.guards.own`."""
+    if name.startswith("kalmanguard: "):
+        return Kalmanguard(plant, **variants()[name.removeprefix("kalmanguard: ")])
     return GUARDS[name](plant)

@@ -14,6 +14,23 @@ from kalmanguard import Settings, Supervisor
 from kalmanguard.journal import JournalReader
 from kalmanguard.models import Plant
 from kalmanguard.records import Action, Level, Mode
+from kalmanguard.settings import DETECTORS
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Settings of the ablation: with all that is on by default, without each of it, and with each of what is off."""
+    usual = tuple(name for name, on in DETECTORS.items() if on)
+    return {
+        "all": {},
+        **{f"without {name}": {"detectors": tuple(n for n in usual if n != name)} for name in usual},
+        "probes alone": {"detectors": ()},
+        "calibrated": {"calibration": "default"},
+        **{
+            f"with {name}": {"detectors": (*usual, name)} | ({"calibration": "default"} if name == "fusion" else {})
+            for name, on in DETECTORS.items()
+            if not on
+        },
+    }
 
 
 class Kalmanguard(Guard):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kalmanguard.control.envelope import Envelope, EnvelopeRule
 from kalmanguard.control.ledger import Episode, Ledger
+from kalmanguard.detectors.drift import CREDIBLE
 from kalmanguard.detectors.paired import paired_standard_error, paired_test
 from kalmanguard.estimators.bank import Estimators
 from kalmanguard.estimators.probe import ProbeFilter, ProbePrediction
@@ -25,8 +26,6 @@ _RECOVERING_SHARE = 0.125
 #: During warm-up a state is harmed that is worse than before training by this share of the first probe's magnitude, or
 #: by so many standard errors, whichever is more: what cannot have progressed yet has no progress to lose.
 _UNTRAINED_FRAC, _UNTRAINED_ERRORS = 0.5, 10.0
-#: Standard deviations of single training losses that their progress must exceed to be one.
-_CREDIBLE = 6.0
 #: Times ``hold`` after which a restored run that has not come back counts as harmed again.
 _PATIENT_HOLDS = 3
 #: Probes in a row, each above the one before, after which it counts so at once.
@@ -207,7 +206,7 @@ class Judge:
         progress = ledger.first_loss - ledger.lowest_loss
         # The second is negated, so that a loss that is nan shows it too.
         # A loss that has never fallen out of its own noise (of a policy, of a GAN) has no progress to lose.
-        noise = _CREDIBLE * ledger.drift.scale.deviation
+        noise = CREDIBLE * ledger.drift.scale.deviation
         return progress > noise and not loss - ledger.lowest_loss <= share * self._settings.give_back * progress
 
     def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict, elapsed: int) -> tuple[Ledger, Verdict]:

@@ -7,7 +7,7 @@ import math
 from kalmanguard.control.cadence import cadence
 from kalmanguard.control.ledger import Episode, Heard, Ledger
 from kalmanguard.detectors.certain import certain
-from kalmanguard.detectors.drift import DriftResult, DriftTest
+from kalmanguard.detectors.drift import CREDIBLE, DriftResult, DriftState, DriftTest
 from kalmanguard.detectors.dynamics import Dynamics
 from kalmanguard.detectors.excursion import LearningRateExcursion
 from kalmanguard.detectors.fusion import FusionTest
@@ -93,7 +93,8 @@ class Watch:
             if episode is None
             else episode._replace(last=m.step, explained=explained or episode.explained, next_probe=m.step, gap=1)
         )
-        if drift is not None and drift.alarm and max(m.learning_rates, default=0.0) <= _RAISED * ledger.rate:
+        drifted = any(item.detector == "drift" for item in evidence)
+        if drifted and max(m.learning_rates, default=0.0) <= _RAISED * ledger.rate:
             # The alarm comes long after the drift began: go back to before that.
             began = m.step - ledger.drift.risen_for - _DRIFT_START
             episode = episode._replace(drifted=True, onset=min(episode.onset, began))
@@ -170,6 +171,8 @@ class Watch:
             drift_state, drift, evidence = self._drift.step(drift_state, m.loss)
             if "drift" not in self._on:
                 drift = evidence = None
+            if evidence is not None and not _is_credible(ledger, first, drift_state):
+                evidence = None  # the alarm stays on record, for claim C4
             if evidence is not None:
                 found.append(evidence)
             if drift_state.level is not None and warm:
@@ -246,6 +249,13 @@ def _news(heard: tuple[Heard, ...], m: Measurement) -> tuple[tuple[Heard, ...], 
         heard = (*(h for h in heard if h is not last), Heard(finding.detector, m.step + gap, gap))
         news.append(finding)
     return heard, news
+
+
+def _is_credible(ledger: Ledger, first: float, drift: DriftState) -> bool:
+    """Whether the training loss has ever left its own noise: else its drift means nothing."""
+    level = ledger.drift.level
+    highest = first if level is None else max(first, level)
+    return highest - ledger.lowest_loss > CREDIBLE * drift.scale.deviation
 
 
 def _effective(m: Measurement) -> tuple[float, ...]:

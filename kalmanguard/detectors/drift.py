@@ -16,6 +16,9 @@ _GAIN = 0.05
 #: Below this share of the run length the statistic is what healthy training gives.
 _SMALL_FRAC = 0.005
 _MEMORY = 100
+#: Standard deviations of single losses that a fall or a rise must exceed to say anything: the loss of a policy or of a
+#: GAN moves within its own noise all the time.
+CREDIBLE = 6.0
 
 
 class DriftState(NamedTuple):

@@ -14,7 +14,9 @@ class Attachable(Protocol):
     """A sensor of one's own: asked once after every optimizer step, closed with the supervisor.
 
     `sense` returns what it found, mostly nothing; evidence that fired buys one held-out probe, never a rollback by
-    itself. It must leave the training as it is, and is cheap when nothing is due.
+    itself. It must leave the training as it is, and is cheap when nothing is due. Two more methods are called where there
+    are any: ``attach()`` when it is handed to the supervisor, to put hooks on, and ``forget()`` whenever parameters or
+    optimizer were set from outside, by a rollback say, so that what it remembers no longer fits them.
 
     Examples
     --------
@@ -48,8 +50,11 @@ class Attached:
                 f"attach() was given a {type(sensor).__name__} without sense(step) and close(); see "
                 "kalmanguard.sensors.attachable.Attachable."
             )
-        if not any(sensor is other for other in self._sensors):
-            self._sensors.append(sensor)
+        if any(sensor is other for other in self._sensors):
+            return
+        if callable(attach := getattr(sensor, "attach", None)):
+            attach()
+        self._sensors.append(sensor)
 
     def remove(self, sensor: Attachable) -> None:
         """Ask it no more, and close it."""
@@ -71,6 +76,17 @@ class Attached:
                 self._report(f"{type(sensor).__name__} failed and is off: {type(fault).__name__}: {fault}", fault)
                 self.remove(sensor)
         return tuple(found)
+
+    def forget(self) -> None:
+        """The state was set from outside."""
+        for sensor in tuple(self._sensors):
+            forget = getattr(sensor, "forget", None)
+            try:
+                if callable(forget):
+                    forget()
+            except Exception as fault:
+                self._report(f"{type(sensor).__name__} failed and is off: {type(fault).__name__}: {fault}", fault)
+                self.remove(sensor)
 
     def close(self) -> None:
         """Close all."""

@@ -121,6 +121,10 @@ class DampingMonitor:
         """The result of every layer."""
         return {name: self.result(name) for name in self.names}
 
+    def forget(self) -> None:
+        """The parameters were set from outside: the next difference of positions is no update."""
+        self._positions.clear()
+
     def close(self) -> None:
         """There is nothing to take off: no hook is set."""
 
