@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.guards.guard import Guard
 from benchmarks.plants import probe_loss
-from kalmanguard import Settings, Supervisor
+from kalmanguard import Forensics, Settings, Supervisor
 from kalmanguard.journal import JournalReader
 from kalmanguard.models import Plant
 from kalmanguard.records import Action, Level, Mode
@@ -75,3 +75,11 @@ class Kalmanguard(Guard):
             "clips": vetoes["clipped"],
             **{key: statistics[key] for key in ("probes", "probe_every", "snapshot_every", "lapsed_probes", "errors")},
         }
+
+
+class WithForensics(Kalmanguard):
+    """The same with `Forensics` attached, at its defaults."""
+
+    def __init__(self, plant: Plant) -> None:
+        super().__init__(plant)
+        self._supervisor.attach(Forensics(plant.model))

@@ -14,8 +14,8 @@ class Attachable(Protocol):
     """A sensor of one's own: asked once after every optimizer step, closed with the supervisor.
 
     `sense` returns what it found, mostly nothing; evidence that fired buys one held-out probe, never a rollback by
-    itself. It must leave the training as it is, and is cheap when nothing is due. Two more methods are called where there
-    are any: ``attach()`` when it is handed to the supervisor, to put hooks on, and ``forget()`` whenever parameters or
+    itself. It must leave the training as it is, and is cheap when nothing is due. Two methods more are called where it
+    has them: ``attach()`` when it is handed to the supervisor, to put hooks on, and ``forget()`` whenever parameters or
     optimizer were set from outside, by a rollback say, so that what it remembers no longer fits them.
 
     Examples
