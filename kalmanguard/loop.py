@@ -112,6 +112,7 @@ class Loop:
         if not self.protects and decision.proposed is not Action.ACCEPT:
             decision = dataclasses.replace(decision, action=Action.ACCEPT)
         self._record(measurement, decision)
+        self.attached.observe(measurement, decision)
         if self.attributor.wanted(decision, self.state):
             self._attribute()
         if self.protects:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from kalmanguard.errors import ConfigurationError
 from kalmanguard.models.mlp import MLPPlant
 from kalmanguard.models.plant import Plant
 from kalmanguard.replay import replay
+from kalmanguard.sensors.forecast import FailureForecast
+
+HEURISTIC = Guarantee.HEURISTIC
 
 
 def train(plant: Plant, guard: Supervisor, steps: int) -> list[Decision]:
@@ -83,6 +87,24 @@ def test_forensics_at_a_supervisor_finds_what_is_wrong_and_is_told_of_a_rollback
         found = {e.detector for d in train(plant, guard, 30) for e in d.evidence}
         assert any(name.startswith("forensics.") for name in found)
     assert not plant.model.layers[0]._forward_hooks  # taken off with the supervisor
+
+
+def test_the_failure_forecast_warns_in_the_next_step_and_starts_anew_after_a_rollback() -> None:
+    plant, forecast = MLPPlant(seed=0), FailureForecast()
+    with Supervisor(plant.model, plant.probe_loader, settings={"probe_every": 20, "snapshot_every": 20}) as guard:
+        guard.attach(forecast)
+        train(plant, guard, 150)
+        assert forecast.latest is not None
+        assert 0.0 <= forecast.latest.probability < 0.9
+        guard.rollback()
+        assert forecast.latest is None
+        (decision,) = train(plant, guard, 1)
+        assert math.isnan(forecast.latest.probability)
+        train(plant, guard, 100)
+        warned = forecast.latest._replace(fired=True, evidence=Evidence("foretold", 0.9, True, HEURISTIC, "soon"))
+        forecast.latest = warned
+        (decision,) = train(plant, guard, 1)
+        assert [e.detector for e in decision.evidence if e.fired] == ["foretold"]
 
 
 def test_a_sensor_that_raises_is_taken_off_and_training_goes_on() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from kalmanguard.errors import ConfigurationError
-from kalmanguard.records import Evidence
+from kalmanguard.records import Decision, Evidence, Measurement
 
 
 @runtime_checkable
@@ -14,9 +14,10 @@ class Attachable(Protocol):
     """A sensor of one's own: asked once after every optimizer step, closed with the supervisor.
 
     `sense` returns what it found, mostly nothing; evidence that fired buys one held-out probe, never a rollback by
-    itself. It must leave the training as it is, and is cheap when nothing is due. Two methods more are called where it
-    has them: ``attach()`` when it is handed to the supervisor, to put hooks on, and ``forget()`` whenever parameters or
-    optimizer were set from outside, by a rollback say, so that what it remembers no longer fits them.
+    itself. It must leave the training as it is, and is cheap when nothing is due. Three more methods are called where
+    there are any: ``attach()`` when it is handed to the supervisor, to put hooks on; ``observe(measurement, decision)``
+    after each step was decided; and ``forget()`` whenever parameters or optimizer were set from outside, by a rollback
+    say, so that what it remembers no longer fits them.
 
     Examples
     --------
@@ -77,18 +78,25 @@ class Attached:
                 self.remove(sensor)
         return tuple(found)
 
+    def observe(self, measurement: Measurement, decision: Decision) -> None:
+        """Tell those that want to know what was measured and decided."""
+        self._tell("observe", measurement, decision)
+
     def forget(self) -> None:
         """The state was set from outside."""
-        for sensor in tuple(self._sensors):
-            forget = getattr(sensor, "forget", None)
-            try:
-                if callable(forget):
-                    forget()
-            except Exception as fault:
-                self._report(f"{type(sensor).__name__} failed and is off: {type(fault).__name__}: {fault}", fault)
-                self.remove(sensor)
+        self._tell("forget")
 
     def close(self) -> None:
         """Close all."""
         for sensor in tuple(self._sensors):
             self.remove(sensor)
+
+    def _tell(self, what: str, *about: object) -> None:
+        for sensor in tuple(self._sensors):
+            method = getattr(sensor, what, None)
+            try:
+                if callable(method):
+                    method(*about)
+            except Exception as fault:
+                self._report(f"{type(sensor).__name__} failed and is off: {type(fault).__name__}: {fault}", fault)
+                self.remove(sensor)
