@@ -14,6 +14,7 @@ import torch
 from benchmarks.ablation import Ablation
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.calibration import CalibrationBenchmark as Calibration
+from benchmarks.catalogue import Catalogue
 from benchmarks.cost import Cost
 from benchmarks.data_quality import DataQualityBenchmark as DataQuality
 from benchmarks.forensics import ForensicsBenchmark, ForensicsHealthy
@@ -35,6 +36,7 @@ from benchmarks.thermostat import Thermostat
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     Recovery(),
+    Catalogue(),
     Persistent(),
     Ablation(),
     Healthy(),

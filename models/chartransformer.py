@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
 from kalmanguard.errors import ConfigurationError
 
@@ -15,6 +15,7 @@ from .plant import Plant, initialised_with
 from .recipe import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from .stdlib_text import VOCABULARY, load_text, windows
 from .stream import WindowStream, in_batches
+from .transformer import Block
 
 SizeName = Literal["small", "base"]
 
@@ -43,7 +44,7 @@ class CharTransformer(nn.Module):
         self.context = context
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, causal=True) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
@@ -67,46 +68,6 @@ def _initial_std(name: str, *, fan_in: int, layers: int) -> float:
     std: float = fan_in**-0.5
     # Residual branches start smaller, so that depth does not scale the stream.
     return std / (2 * layers) ** 0.5 if name.endswith("merge.weight") else std
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.attend_norm = nn.LayerNorm(width)
-        self.attend = _Attention(width, heads)
-        self.feed_norm = nn.LayerNorm(width)
-        self.feed = _FeedForward(width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attend(self.attend_norm(hidden))
-        fed: Tensor = self.feed(self.feed_norm(hidden))
-        return hidden + fed
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.split = nn.Linear(width, 3 * width)
-        self.merge = nn.Linear(width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        batch, length, width = hidden.shape
-        query, key, value = self.split(hidden).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
-        merged: Tensor = self.merge(mixed.transpose(1, 2).reshape(batch, length, width))
-        return merged
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.widen = nn.Linear(width, 4 * width)
-        self.merge = nn.Linear(4 * width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        merged: Tensor = self.merge(gelu(self.widen(hidden)))
-        return merged
 
 
 class CharTransformerPlant(Plant):

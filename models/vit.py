@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
 from kalmanguard.errors import ConfigurationError
 
@@ -14,6 +14,7 @@ from .digits import N_TRAIN, load_digits
 from .plant import Plant, initialised_with
 from .recipe import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from .stream import ShuffledStream, in_batches, seeded
+from .transformer import Block
 
 _SIDE = 8
 _PATCH = 2
@@ -29,7 +30,7 @@ class ViT(nn.Module):
         self.embed = nn.Linear(_PATCH**2, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(0.5 * torch.randn(1, patches + 1, width))
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
@@ -46,46 +47,6 @@ class ViT(nn.Module):
 def _patches(images: Tensor) -> Tensor:
     """Cut images ``(B, 1, 8, 8)`` into rows of patches, ``(B, 16, 4)``."""
     return images.unfold(2, _PATCH, _PATCH).unfold(3, _PATCH, _PATCH).reshape(len(images), -1, _PATCH**2)
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.attend_norm = nn.LayerNorm(width)
-        self.attend = _Attention(width, heads)
-        self.feed_norm = nn.LayerNorm(width)
-        self.feed = _FeedForward(width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attend(self.attend_norm(hidden))
-        fed: Tensor = self.feed(self.feed_norm(hidden))
-        return hidden + fed
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.split = nn.Linear(width, 3 * width)
-        self.merge = nn.Linear(width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        batch, length, width = hidden.shape
-        query, key, value = self.split(hidden).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = scaled_dot_product_attention(query, key, value)
-        merged: Tensor = self.merge(mixed.transpose(1, 2).reshape(batch, length, width))
-        return merged
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.widen = nn.Linear(width, 4 * width)
-        self.merge = nn.Linear(4 * width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        merged: Tensor = self.merge(gelu(self.widen(hidden)))
-        return merged
 
 
 class ViTPlant(Plant):
