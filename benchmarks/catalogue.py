@@ -68,9 +68,9 @@ class Catalogue(Benchmark):
         interval = binomtest(len(seen), len(harmful)).proportion_ci(0.95, method="exact") if harmful else None
         lines = [
             f"{len(cases)} damaged runs of {len({case['recipe'] for case in cases})} plants, {len(harmful)} of them "
-            "harmful: without a guard more than 20 % of the progress is given back, or a parameter is not finite, "
-            f"within {_AFTER} steps. *Seen*: suspected, vetoed or undone; *delay*: steps from the first harm to that, negative "
-            "where it came first, median / worst; *early*: events before the fault, all runs together."
+            f"harmful: within {_AFTER} steps, and without a guard, more than 20 % of the progress is given back or a "
+            "parameter is not finite. *Seen*: suspected, vetoed or undone; *delay*: steps from the first harm to that, "
+            "negative where it came first, median / worst; *early*: events before the fault, all runs together."
         ]
         groups: dict[str, list[Result]] = defaultdict(list)
         for case in cases:
