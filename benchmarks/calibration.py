@@ -51,6 +51,8 @@ STRANGERS = ("mlp:batch_size=2", "mlp:schedule=warm-restarts", "cnn:optimizer=sg
 _STEPS, _HELD_OUT_FROM, _PROBE_EVERY = 800, 100, 10
 _SHOWN = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 _RATE = 1.5e-4
+#: One threshold for all channels, as it was before there was a calibration.
+_COMMON = 8.0
 #: Faults that are mild enough for thresholds to matter, on plants of the default calibration.
 _FAULT_STEP, _FAULT_STEPS, _SOON = 149, 170, 10
 FAULTS = (
@@ -382,7 +384,7 @@ def _tested(what: str, sequences: _Scores) -> Result:
 
 
 def _choices(calibration: Calibration, channels: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    common = dict.fromkeys(channels, Settings().suspicion)
+    common = dict.fromkeys(channels, _COMMON)
     own = common | thresholds(calibration, _RATE)
     return {"8": common, "own": own, "floor": {channel: max(6.0, value) for channel, value in own.items()}}
 

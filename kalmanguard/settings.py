@@ -36,7 +36,7 @@ Preset = Literal["conservative", "balanced", "aggressive"]
 PRESETS: dict[str, dict[str, object]] = {
     "conservative": {
         "give_back": 0.35,
-        "suspicion": 10.0,
+        "suspicion": 8.0,
         "patience": 5,
         "gate_ratio": 30.0,
         "ladder": "conservative",
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "balanced": {},
     "aggressive": {
         "give_back": 0.12,
-        "suspicion": 7.0,
+        "suspicion": 5.0,
         "patience": 2,
         "gate_ratio": 6.0,
         "budget": 0.02,
@@ -101,7 +101,7 @@ class Settings(BaseModel):
         tuple(name for name, on in DETECTORS.items() if on), description="what may raise a suspicion, by name"
     )
     warmup_steps: int = Field(30, ge=5, description="steps before a finite value can be suspicious")
-    suspicion: float = Field(8.0, gt=1, description="normalised innovation that is suspicious")
+    suspicion: float = Field(6.5, gt=1, description="normalised innovation that is suspicious")
     calibration: Any = Field(
         None,
         description="thresholds from healthy runs: 'default', the path of a calibration file, or what one holds; "
