@@ -1143,6 +1143,8 @@ settings = Settings(probe_examples=128, probe_every=5, snapshot_every=10, checkp
 run = Run(run_dir={run_dir!r}, settings=settings)
 while True:
     run.step()
+    if run.count == 50:  # on a busy machine the thread that writes may be late
+        run.supervisor._loop.actuator.store.flush()
     print(run.count, flush=True)
 """
 
