@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ _MOST_BATCHES = 16
 #: Detectors that watch the training loss of single steps.
 _LOSS = ("loss", "loss-finite")
 _SEEN = 10
+#: Relative difference by which the loss of a batch may change in the one step between report and evaluation.
+_SAME_FRAC = 0.25
 
 
 class Attributor:
@@ -50,6 +53,8 @@ class Attributor:
         self._usual: Usual | None = None
         self._braced = self._moved = False
         self._onset: int | None = None
+        #: Whether what is evaluated again is what training reports; ``None`` while that is not known.
+        self._same: bool | None = None
         #: The latest result.
         self.result: AttributionResult | None = None
 
@@ -68,6 +73,8 @@ class Attributor:
         """Take note of a step's loss, and of its trend before that."""
         self._step, self._loss, self._usual, self._complete = step, loss, _usual(trend), True
         self._braced, self._moved = self._ring.braced == step - 1, False
+        if self._same is None and self._batches and self._usual is not None and not self._too_many:
+            self._same = self._is_same(loss)
 
     def interrupt(self) -> None:
         """The state was set from outside: it is no longer the one that the latest step has left."""
@@ -107,6 +114,11 @@ class Attributor:
             )
         elif self._moved and before is None:
             message = "The state was restored since that step; know the batch before: update(loss, batch=...)."
+        elif self._same is False:
+            message = (
+                "The loss of training is not the one that is evaluated again (another factor, term or reduction): pass "
+                "loss_fn= to the supervisor."
+            )
         elif _distributed():
             message = "In a distributed run no rank evaluates on its own."
         if message is not None:
@@ -119,6 +131,16 @@ class Attributor:
             evaluate=partial(self._losses.mean, batches, present),
             certified=self._certified(state, batches),
         )
+
+    def _is_same(self, loss: float | None) -> bool | None:
+        """Compare on an ordinary step, once: one forward pass."""
+        if loss is None or not math.isfinite(loss) or self._usual is None or _distributed():
+            return None
+        try:
+            again = self._losses.mean(self._batches, None)
+        except Exception:
+            return None  # it will be said when it is asked for
+        return abs(again - loss) <= max(_SAME_FRAC * abs(loss), 4.0 * self._usual.deviation)
 
     def _before(self) -> Slot | None:
         """The state from right before the latest step's update, if it was captured then."""

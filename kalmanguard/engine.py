@@ -130,7 +130,8 @@ class Engine:
         if ledger.mode is Mode.HALTED:
             decision = _halted(ledger, m, evidence, statistics)
         else:
-            if harm and not ledger.declined:
+            # What was once declined is not proposed again, but a run that cannot move must not go on like that.
+            if harm and (not ledger.declined or self._policy.is_stuck(ledger, m)):
                 # What a probe has not shown is not weighed against probes either.
                 y = verdict.y if verdict.harm else math.nan
                 bound = verdict.bound if verdict.envelope is not None else math.inf

@@ -142,6 +142,12 @@ class Loop:
         try:
             self._first_reading = self.read_probe()
             self._start(self._first_reading)
+            if not math.isfinite(self._first_reading.mean):
+                what = (
+                    "the held-out loss is not finite before the first step, so nothing can be certified: look for nan "
+                    "in the probe's data, in loss_fn and in the model's parameters"
+                )
+                self.incidents.report(self.step, what)
         except (Exception, SnapshotError) as fault:
             self.incidents.report(self.step, f"supervision could not begin: {type(fault).__name__}: {fault}", fault)
 

@@ -83,9 +83,10 @@ def _verdict(s: Mapping[str, Any], last: Decision | None) -> str:
         return f"recovering: {_count(rollbacks, 'rollback')}, and not yet back to normal"
     if rollbacks:
         return f"recovered: {_count(rollbacks, 'rollback')}, {_count(vetoes, 'step')} dropped"
+    watched = f"; {_count(s['suspicions'], 'suspicious step')}" if s.get("suspicions") else ""
     if vetoes:
-        return f"stable: {_count(vetoes, 'step')} dropped, nothing had to be undone"
-    return "stable: nothing had to be dropped or undone"
+        return f"stable: {_count(vetoes, 'step')} dropped, nothing had to be undone{watched}"
+    return f"stable: nothing had to be dropped or undone{watched}"
 
 
 def _told(events: Sequence[tuple[int, str]]) -> Iterator[str]:

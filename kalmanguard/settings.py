@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -134,8 +135,9 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.calibration is not None and not isinstance(self.calibration, str | dict):
-            raise ValueError(f"calibration = {self.calibration!r}: give 'default', a path, or thresholds by channel")
+        _check_calibration(self.calibration)
+        if len(set(self.detectors)) < len(self.detectors):
+            raise ValueError(f"detectors = {self.detectors!r}: name each of them once")
         if "fusion" in self.detectors and self.calibration is None:
             raise ValueError("the detector fusion bets on calibrated thresholds: set calibration='default', or a path")
         if unknown := [name for name in self.detectors if name not in DETECTORS]:
@@ -180,6 +182,24 @@ class Settings(BaseModel):
         raise ConfigurationError(
             f"settings = {value!r} is neither a Settings, a dict, a TOML path nor one of {', '.join(PRESETS)}."
         )
+
+
+def _check_calibration(calibration: object) -> None:
+    if calibration is None or isinstance(calibration, str):
+        return
+    if not isinstance(calibration, dict):
+        raise ValueError(f"calibration = {calibration!r}: give 'default', a path, or thresholds by channel")
+    for channel, pairs in calibration.items():
+        if DETECTORS.get(channel) is None:
+            raise ValueError(f"calibration: there is no channel {channel!r}")
+        try:
+            sound = all(0.0 < level < 1.0 and math.isfinite(threshold) for level, threshold in pairs)
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"calibration of {channel}: {pairs!r} are no pairs of a level in (0, 1) and a finite threshold"
+            )
 
 
 def _sentence(error: ValidationError) -> str:

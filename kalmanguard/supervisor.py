@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -147,7 +148,8 @@ class Supervisor:
     ) -> Self:
         """Continue a run from the last clean checkpoint of ``run_dir``: model, optimizer, random state, supervision.
 
-        The optimizer must exist, since its state is restored now. `step` then tells where the run continues.
+        The optimizer must exist, since its state is restored now. `step` goes on counting where the records end;
+        `resumed_from` is the step whose state was restored, which may be an earlier one.
 
         Raises
         ------
@@ -222,20 +224,22 @@ class Supervisor:
                 folder=self.run_dir / "checkpoints" if self.run_dir is not None else None,
                 describe=lambda: _alive(own).state_dict(),
             )
+            self._loop = Loop(
+                settings=chosen,
+                probe=probe,
+                tap=tap,
+                suite=suite,
+                actuator=actuator,
+                journal=journal,
+                incidents=Incidents(journal, strict=chosen.strict),
+                attributor=Attributor(BatchLoss(self.model, loss_fn), actuator.ring),
+            )
         except BaseException:
             tap.close()
             raise
-        self._loop = Loop(
-            settings=chosen,
-            probe=probe,
-            tap=tap,
-            suite=suite,
-            actuator=actuator,
-            journal=journal,
-            incidents=Incidents(journal, strict=chosen.strict),
-            attributor=Attributor(BatchLoss(self.model, loss_fn), actuator.ring),
-        )
         self._closed = False
+        #: Step whose state `resume` has restored; ``None`` for a run that was begun anew.
+        self.resumed_from: int | None = None
         self._own_s = self._total_s = 0.0
         self._ended = time.perf_counter()
         self._exit = atexit.register(_at_exit, own)
@@ -330,6 +334,7 @@ class Supervisor:
         outcome = loop.restore(target, action=Action.ROLLBACK, rung=0, manual=True)
         decision = loop.feed(Measurement(step=loop.step, outcome=outcome, objective=loop.objective))
         loop.tally["rollbacks"] += 1
+        loop.actuator.release()  # whoever restores by hand is in charge of the learning rate too
         loop.last = dataclasses.replace(
             decision,
             action=Action.ROLLBACK,
@@ -590,6 +595,7 @@ class Supervisor:
             "probe_examples": loop.probe.size,
             "stride": loop.suite.stride,
             "tally": dict(loop.tally),
+            "rate_ceiling": loop.actuator.rate_ceiling,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -618,7 +624,9 @@ class Supervisor:
         loop.probe.shrink(examples)
         loop.suite.stride = int(state["stride"])
         loop.tally = Counter({str(k): int(v) for k, v in state["tally"].items()})
+        ceiling = float(state.get("rate_ceiling", 1.0))
         loop.resume_at(int(state["step"]), int(state["objective"]), loaded._replace(ledger=ledger, saved=()))
+        loop.actuator.rate_ceiling = ceiling
         # All that a replay needs to go on from here.
         record = {
             "step": loop.step,
@@ -654,9 +662,11 @@ class Supervisor:
         if error is None or isinstance(error, Intervention):
             self.close()
         else:
-            self._rescue(error)
-            # The run died: its journal must read INCOMPLETE.
-            self._abandon()
+            try:
+                self._rescue(error)
+            finally:
+                # The run died: its journal must read INCOMPLETE.
+                self._abandon()
 
     def _certified(self) -> list[int]:
         held = self._loop.actuator.ring.steps()
@@ -679,7 +689,10 @@ class Supervisor:
             saved = self._keep_last_certified()
         except Exception as fault:
             saved = False
-            loop.incidents.report(loop.step, f"the last state was not saved: {type(fault).__name__}: {fault}", fault)
+            with suppress(KalmanguardError):  # what is under way is more important
+                loop.incidents.report(
+                    loop.step, f"the last state was not saved: {type(fault).__name__}: {fault}", fault
+                )
         if not _is_out_of_memory(error):
             return
         certified = self._certified()
@@ -763,6 +776,7 @@ class Supervisor:
         if loop.actuator.store is None:
             raise SnapshotError("A run without a run folder has no checkpoint to resume from.")
         step, tree, meta = loop.actuator.store.load_last_clean()
+        self.resumed_from = step
         loop.actuator.state.load_tree(tree, rng=True, schedule=True, data=self._rewindable)
         # The checkpoint may be of an earlier step than the one it was written at: the filters go back with the state.
         state = statefile.load(meta["engine"])

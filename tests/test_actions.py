@@ -409,3 +409,34 @@ def test_a_rung_of_ones_own_describes_itself() -> None:
 def test_bad_arguments_are_refused_with_the_bound(make: Any, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         make()
+
+
+def test_a_cut_that_lasts_is_what_every_later_release_goes_back_to() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    limit = LearningRateLimit()
+
+    def rates(steps: int) -> list[float]:
+        seen = []
+        for _ in range(steps):
+            limit.before_step(optimizer)
+            seen.append(optimizer.param_groups[0]["lr"])
+            limit.after_step(optimizer)
+            assert optimizer.param_groups[0]["lr"] == 1.0
+        return seen
+
+    limit.scale(0.3)
+    assert rates(3) == [0.3] * 3
+    limit.release()
+    assert rates(30)[-1] == 1.0
+    limit.scale(0.1)
+    assert rates(2) == [0.1] * 2
+    limit.release(lasting=True)  # 0.3 had worked, 1 had not
+    ramp = rates(30)
+    assert ramp == sorted(ramp)
+    assert ramp[-1] == pytest.approx(0.3)
+    limit.hold(optimizer, (0.05,))
+    assert rates(2) == [0.05] * 2
+    limit.release()
+    assert rates(30)[-1] == pytest.approx(0.3)
+    assert limit.ceiling == pytest.approx(0.3)

@@ -53,7 +53,7 @@ def test_an_attached_sensor_is_heard_journaled_and_closed(tmp_path: Path) -> Non
         decisions = train(plant, guard, 80)
     assert (sensor.asked, sensor.closed) == (80, 1)
     assert decisions[69].level is Level.SUSPECT
-    assert [e.detector for e in decisions[69].evidence if e.fired] == ["finds"]
+    assert [e.detector for e in decisions[69].evidence if e.fired] == ["Finds.finds"]
     assert all(d.level is not Level.SUSPECT for d in decisions[:69])
     assert replay(tmp_path / "run").identical
 
@@ -79,13 +79,13 @@ def test_forensics_at_a_supervisor_finds_what_is_wrong_and_is_told_of_a_rollback
     with Supervisor(plant.model, plant.probe_loader, settings={"probe_every": 20, "snapshot_every": 20}) as guard:
         guard.attach(forensics)
         healthy = train(plant, guard, 120)
-        assert not [e for d in healthy for e in d.evidence if e.detector.startswith("forensics")]
+        assert not [e for d in healthy for e in d.evidence if e.detector.startswith("Forensics")]
         guard.rollback()
-        assert not [e for d in train(plant, guard, 40) for e in d.evidence if e.detector.startswith("forensics")]
+        assert not [e for d in train(plant, guard, 40) for e in d.evidence if e.detector.startswith("Forensics")]
         with torch.no_grad():
             plant.model.layers[0].bias[:100].fill_(-100.0)
         found = {e.detector for d in train(plant, guard, 30) for e in d.evidence}
-        assert any(name.startswith("forensics.") for name in found)
+        assert any(name.startswith("Forensics.") for name in found)
     assert not plant.model.layers[0]._forward_hooks  # taken off with the supervisor
 
 
@@ -93,18 +93,18 @@ def test_the_failure_forecast_warns_in_the_next_step_and_starts_anew_after_a_rol
     plant, forecast = MLPPlant(seed=0), FailureForecast()
     with Supervisor(plant.model, plant.probe_loader, settings={"probe_every": 20, "snapshot_every": 20}) as guard:
         guard.attach(forecast)
-        train(plant, guard, 150)
+        train(plant, guard, 45)
         assert forecast.latest is not None
-        assert 0.0 <= forecast.latest.probability < 0.9
+        evidence = Evidence("foretold", 0.9, True, HEURISTIC, "soon")
+        forecast.latest = forecast.latest._replace(fired=True, evidence=evidence)
+        (decision,) = train(plant, guard, 1)
+        assert [e.detector for e in decision.evidence if e.fired] == ["FailureForecast.foretold"]
+        train(plant, guard, 60)
+        assert 0.0 <= forecast.latest.probability <= 1.0
         guard.rollback()
         assert forecast.latest is None
-        (decision,) = train(plant, guard, 1)
+        train(plant, guard, 1)
         assert math.isnan(forecast.latest.probability)
-        train(plant, guard, 100)
-        warned = forecast.latest._replace(fired=True, evidence=Evidence("foretold", 0.9, True, HEURISTIC, "soon"))
-        forecast.latest = warned
-        (decision,) = train(plant, guard, 1)
-        assert [e.detector for e in decision.evidence if e.fired] == ["foretold"]
 
 
 def test_a_sensor_that_raises_is_taken_off_and_training_goes_on() -> None:
@@ -127,3 +127,33 @@ def test_a_sensor_that_raises_is_taken_off_and_training_goes_on() -> None:
         pytest.raises(ConfigurationError, match=r"sense\(step\)"),
     ):
         guard.attach(object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("found", ["abc", ({"detector": "x"},), (Evidence("x", None, True, HEURISTIC, ""),)])  # type: ignore[arg-type]
+def test_a_sensor_that_returns_no_evidence_is_taken_off(found: object, tmp_path: Path) -> None:
+    class Odd(Finds):
+        def sense(self, step: int) -> tuple[Evidence, ...]:
+            return found  # type: ignore[return-value]
+
+    plant = MLPPlant(seed=0)
+    with Supervisor(plant.model, plant.probe_loader, run_dir=tmp_path / "run") as guard:
+        guard.attach(Odd(lambda step: False))
+        with pytest.warns(UserWarning, match="Odd failed and is off"):
+            train(plant, guard, 5)
+        assert guard.statistics()["errors"] == 1
+    assert replay(tmp_path / "run").identical
+    with pytest.raises(ConfigurationError, match="closed"):
+        guard.attach(Finds(lambda step: False))
+
+
+def test_changing_names_are_heard_no_more_often_than_one() -> None:
+    class Renames(Finds):
+        def sense(self, step: int) -> tuple[Evidence, ...]:
+            return (Evidence(f"layer {step}", 1.0, True, HEURISTIC, "odd"),)
+
+    plant = MLPPlant(seed=0)
+    with Supervisor(plant.model, plant.probe_loader, settings={"probe_every": 50}) as guard:
+        guard.attach(Renames(lambda step: True))
+        train(plant, guard, 300)
+        assert guard.statistics()["suspicions"] <= 6
+        assert len(guard._loop.state.ledger.heard) == 1

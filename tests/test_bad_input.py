@@ -20,8 +20,16 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_hooks
 
 from kalmanguard.certificate.verify import UnreadableJournalError, verify
-from kalmanguard.errors import BindError, ConfigurationError, JournalError, KalmanguardError, SnapshotError
+from kalmanguard.errors import (
+    BindError,
+    ConfigurationError,
+    JournalError,
+    KalmanguardError,
+    SnapshotError,
+    TrainingHalted,
+)
 from kalmanguard.journal.reader import JournalReader
+from kalmanguard.models.mlp import MLPPlant
 from kalmanguard.settings import Settings
 from kalmanguard.supervisor import Supervisor
 
@@ -400,3 +408,47 @@ def test_a_resume_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         resumed(folder)
     assert caught.value.__traceback__ is not None  # what a debugger or a notebook holds on to
     assert set(torch_hooks._global_optimizer_pre_hooks) == before
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        5,
+        {"loss": "abc"},
+        {"loss": 5},
+        {"loss": [[0.9, "x"]]},
+        {"loss": [[0.9, math.nan]]},
+        {"loss": [[1.0, 3.0]]},
+        {"x": []},
+    ],
+)
+def test_a_malformed_calibration_is_refused_at_construction(calibration: object) -> None:
+    with pytest.raises(ConfigurationError, match="calibration"):
+        Settings(calibration=calibration)
+
+
+def test_a_model_that_is_nan_from_the_start_is_said_and_halted() -> None:
+    plant = MLPPlant(seed=0)
+    with torch.no_grad():
+        plant.model.layers[0].weight.fill_(math.nan)
+    guard = Supervisor(plant.model, plant.probe_loader)
+
+    def go() -> None:
+        for _ in range(40):
+            plant.train_step(next(plant.loader))
+            guard.update()
+
+    with pytest.warns(UserWarning, match="not finite before the first step"):
+        refused(TrainingHalted, "no state is left", go)
+    guard.close()
+
+
+def test_a_negative_learning_rate_does_not_break_the_clock() -> None:
+    plant = MLPPlant(seed=0, optimizer="sgd", momentum=0.0)
+    with Supervisor(plant.model, plant.probe_loader, settings={"mode": "observe", "probe_every": 5}) as guard:
+        for step in range(100):
+            if step == 60:
+                plant.optimizer.param_groups[0]["lr"] = -0.01
+            loss = plant.train_step(next(plant.loader))
+            guard.update(loss)
+        assert guard.statistics()["errors"] == 0

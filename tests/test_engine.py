@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalmanguard import statefile
+from kalmanguard.control import policy
 from kalmanguard.control.envelope import Envelope
 from kalmanguard.control.judgement import Judge, Verdict
+from kalmanguard.control.ladder import Ladder, LadderState
 from kalmanguard.control.ledger import Episode
 from kalmanguard.control.policy import _last_refuge
 from kalmanguard.control.retention import Slot
@@ -890,3 +892,52 @@ def test_edits_that_are_a_habit_are_left_to_the_envelope() -> None:
     for m in list(healthy(187)):
         decision = flight.step(dataclasses.replace(m, tampered=("parameters",) if m.step >= 100 else ()))
     assert decision.proposed is Action.ACCEPT
+
+
+# --- warm-up, and cuts that last --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [1.0, 60.0])
+def test_in_warmup_only_what_is_worse_on_its_own_batches_too_is_undone(training: float) -> None:
+    """A probe that rises alone may be what was asked for: fine-tuning from an optimum, stale BatchNorm statistics."""
+    flight = Flight(lambda step: np.full(64, 2.3 if step < 5 else 9.0))
+    for m in list(healthy(120)):
+        assert m.loss is not None
+        flight.step(dataclasses.replace(m, loss=m.loss * (1.0 if m.step < 5 else training)))
+    undone = [d for d in flight.decisions if d.proposed is not Action.ACCEPT]
+    assert bool(undone) is (training > 1.0)
+    if undone:
+        assert undone[0].step > 30
+        assert "worse than before training" in undone[0].reason
+
+
+def test_a_spike_that_healed_or_was_dropped_moves_no_later_onset() -> None:
+    flight = Flight(descent())
+    steps = list(healthy(400))
+    for m in steps[:300]:
+        flight.step(m)
+    flight.step(dataclasses.replace(steps[300], gradient_norm=1e6, veto="explosion", velocity=np.zeros(SKETCH)))
+    flight.step(dataclasses.replace(steps[301], gradient_norm=60.0))
+    for m in steps[302:320]:
+        flight.step(m)
+    flight.step(dataclasses.replace(steps[320], loss=60.0, learning_rates=(5.0,)))
+    episode = flight.state.ledger.episode
+    assert episode is not None
+    assert episode.onset == 321
+
+
+def test_a_relapse_counts_only_after_a_cut_was_given_back() -> None:
+    ladder, state = Ladder(budget=16, recovery_steps=25), LadderState()
+    for step in (10, 20):
+        state = ladder.climb(state, step, 1.0, step)
+    assert (state.cut, state.given_back, state.relapses) == (True, False, 0)
+    state = ladder.climb(ladder.released(state), 100, 1.0, 100)
+    assert (state.cut, state.relapses) == (True, 1)
+    plain = ladder.climb(ladder.released(ladder.climb(LadderState(), 10, 1.0, 10)), 60, 1.0, 60)
+    assert plain.relapses == 0  # nothing had been cut
+
+
+@pytest.mark.parametrize("rung", [0, 1])
+def test_an_unprobed_candidate_does_not_hide_a_certified_state(rung: int) -> None:
+    slots = (Slot(10, True, 2.0), Slot(50, False, math.inf))
+    assert policy._target(slots, 40, rung, 5.0, 1.0) == 10

@@ -412,7 +412,7 @@ def test_evidence_for_a_supervisor_comes_once_for_each_finding():
     assert evidence
     assert all(step > 100 for step, _ in evidence)
     assert all(one.fired and one.guarantee is Guarantee.HEURISTIC for _, one in evidence)
-    balance = [one for _, one in evidence if one.detector == "forensics.weight_balance"]
+    balance = [one for _, one in evidence if one.detector == "weight_balance"]
     assert len(balance) == 1
     assert balance[0].message.startswith("layers.2: ")
 

@@ -192,7 +192,7 @@ class Actuator:
 
     def halt(self) -> None:
         """Whoever trains on does so unsupervised, and with a learning rate of their own."""
-        self.release()
+        self._lift()
         self.freeze()
 
     def clear(self, *, but: int | None = None) -> None:
@@ -200,7 +200,7 @@ class Actuator:
         for step in self.ring.steps():
             if step != but:
                 self.ring.evict(step)
-        self.release()
+        self._lift()
 
     def freeze(self) -> None:
         """Keep the durable checkpoints as they are: a confirmed failure is being dealt with."""
@@ -213,20 +213,36 @@ class Actuator:
             self.store.thaw()
 
     def release(self, *, lasting: bool = False) -> None:
-        """Lift what recovery has put in force; ``lasting`` leaves the learning rate cut."""
+        """Lift what recovery has put in force; ``lasting``: the learning rate gets no more than what has worked."""
         self._limit.release(lasting=lasting)
         self._tap.effects[:] = [self._limit]
+
+    @property
+    def rate_ceiling(self) -> float:
+        """Share of the learning rate that the loop asks for which it gets at most when nothing else is in force."""
+        return self._limit.ceiling
+
+    @rate_ceiling.setter
+    def rate_ceiling(self, value: float) -> None:
+        self._limit.resume(value)
+
+    def _lift(self) -> None:
+        """Give everything back, what was to last included."""
+        self._limit.ceiling = 1.0
+        self.release()
 
     def checkpoint(self, step: int, *, clean: bool, force: bool = False) -> bool:
         """Queue a durable checkpoint of a ring slot, unless the last one was too recent for its share of time."""
         if self.store is None or (not force and time.monotonic() < self._next_checkpoint):
             return False
         started = time.monotonic()
-        self.store.save(step, self.ring.slot(step), dict(self._describe()), model_saver=self._saver(step), clean=clean)
+        saved = self.store.save(
+            step, self.ring.slot(step), dict(self._describe()), model_saver=self._saver(step), clean=clean
+        )
         # The bytes are written beside training, at some 200 MB/s that training does not have then.
         took = time.monotonic() - started + self.state.bytes_per_slot() / _DISK_BYTES_PER_S
         self._next_checkpoint = started + took / self._settings.checkpoint_share
-        return True
+        return saved
 
     def close(self) -> None:
         """Finish writing and give the memory back."""

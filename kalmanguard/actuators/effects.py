@@ -15,10 +15,17 @@ class LearningRateLimit:
     """Scale the learning rate, and hold it below what the restored state was trained at.
 
     The user's own value is put back after each step, so that no scheduler undoes or compounds the limit. `release` lets
-    the factor grow back to 1, by equal ratios, over 20 steps of each optimizer, or leaves it as it is for good.
+    the factor grow back to `ceiling`, by equal ratios, over 20 steps of each optimizer.
+
+    Attributes
+    ----------
+    ceiling
+        The factor that is in force when nothing else is: 1, or what has worked where more has failed again.
     """
 
     def __init__(self) -> None:
+        self.ceiling = 1.0
+        self._worked = 1.0
         self._factor = 1.0
         self._caps: dict[tuple[int, int], float] = {}
         self._users: dict[tuple[int, int], float] = {}
@@ -43,14 +50,20 @@ class LearningRateLimit:
         self._caps.update({(id(optimizer), index): rate for index, rate in enumerate(rates)})
 
     def release(self, *, lasting: bool = False) -> None:
-        """Begin to give the user's rates back; ``lasting`` lifts the caps only."""
+        """Begin to give the user's rates back; ``lasting``: no more than the factor of the recovery before this one."""
+        if not self.active or self._releasing:
+            return
         if lasting:
-            self._caps = {}
-        elif self.active and not self._releasing:
-            self._releasing = True
-            self._left = dict.fromkeys(self._lowest, _RAMP_STEPS)
-            self._factor, self._caps = 1.0, {}
-            self._end_if_done()
+            self.ceiling = min(self.ceiling, self._worked if self._worked < 1.0 else self._factor)
+        self._worked = self._factor
+        self._releasing = True
+        self._left = dict.fromkeys(self._lowest, _RAMP_STEPS)
+        self._factor, self._caps = self.ceiling, {}
+        self._end_if_done()
+
+    def resume(self, ceiling: float) -> None:
+        """Take up the ceiling of an earlier run; nothing else is in force."""
+        self.ceiling, self._factor, self._caps, self._releasing = ceiling, ceiling, {}, False
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Put the limited rates in force."""
@@ -81,13 +94,14 @@ class LearningRateLimit:
     def _present_factor(self, key: int) -> float:
         if not self._releasing:
             return self._factor
-        left: float = self._lowest.get(key, 1.0) ** (self._left.get(key, 0) / _RAMP_STEPS)
-        return left
+        share = self._left.get(key, 0) / _RAMP_STEPS
+        between: float = self._lowest.get(key, 1.0) ** share * self.ceiling ** (1.0 - share)
+        return between
 
     def _interrupt(self) -> None:
         """A new limit during a release starts from the lowest factor that the release had reached."""
         if self._releasing:
-            self._factor = min(map(self._present_factor, self._left), default=1.0)
+            self._factor = min(map(self._present_factor, self._left), default=self.ceiling)
             self._releasing = False
         if not self.active:
             self._lowest = {}

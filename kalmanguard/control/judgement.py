@@ -23,8 +23,9 @@ _LASTING_SHARE = 0.25
 _EXPLAINED_SHARE = 0.5
 #: The same for a run that has just been restored.
 _RECOVERING_SHARE = 0.125
-#: During warm-up a state is harmed that is worse than before training by this share of the first probe's magnitude, or
-#: by so many standard errors, whichever is more: what cannot have progressed yet has no progress to lose.
+#: During warm-up a state is harmed that is worse than before training, on the probe and on its own batches: by this
+#: share of the first loss's magnitude, and the probe by so many standard errors. What cannot have progressed yet
+#: has no progress to lose, and a probe that rises alone may be what was asked for.
 _UNTRAINED_FRAC, _UNTRAINED_ERRORS = 0.5, 10.0
 #: Times ``hold`` after which a restored run that has not come back counts as harmed again.
 _PATIENT_HOLDS = 3
@@ -154,9 +155,12 @@ class Judge:
 
     def _untrained(self, ledger: Ledger, m: Measurement) -> float:
         """The bound during warm-up: none at its beginning, when early steps may overshoot, then the first probe's."""
-        if m.step - ledger.began < self._settings.warmup_steps:
+        if m.step - ledger.began < self._settings.warmup_steps or not self._is_worse_than_untrained(ledger, m):
             return math.inf
+        # A loss that began at its optimum can only rise; how far it may is not for its noise to say.
         errors = _UNTRAINED_ERRORS * ledger.standard_error
+        if abs(ledger.start) <= errors:
+            return math.inf
         return ledger.start + max(_UNTRAINED_FRAC * abs(ledger.start), errors)
 
     @staticmethod
@@ -187,6 +191,13 @@ class Judge:
         """Whether innovations go on at this very step, and the training loss shows harm of its own."""
         episode = ledger.episode
         return episode is not None and episode.explained and episode.last == m.step and self._shows(ledger, m)
+
+    @staticmethod
+    def _is_worse_than_untrained(ledger: Ledger, m: Measurement) -> bool:
+        """Whether the training loss lies far above what it began at."""
+        # Negated, so that a loss that is nan counts; without any loss nothing is known.
+        first = ledger.first_loss
+        return m.loss is not None and not m.loss <= first + _UNTRAINED_FRAC * abs(first)
 
     @staticmethod
     def is_hopeless(ledger: Ledger, m: Measurement) -> bool:
@@ -283,7 +294,9 @@ class Judge:
 
     def _overfits(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> bool:
         state = ledger.drift
-        if m.loss is None or state.level is None or verdict.prediction is None or not verdict.prediction.ready:
+        if not ledger.warm or m.loss is None or state.level is None:
+            return False
+        if verdict.prediction is None or not verdict.prediction.ready:
             return False
         lowest = state.level <= ledger.lowest_loss + 0.5 * state.scale.deviation
         return lowest and not _beyond(verdict.y, verdict.prediction)
@@ -298,7 +311,8 @@ class Judge:
                 return ledger
             if m.step - episode.last >= _QUIET and not ledger.excursion.raised:
                 # It came to nothing, so a state that was captured in it is as good as any other.
-                return ledger._replace(episode=None, slots=tuple(s._replace(suspect=False) for s in ledger.slots))
+                slots = tuple(s._replace(suspect=False) for s in ledger.slots)
+                return ledger._replace(episode=None, recent=(), slots=slots)
             episode = episode._replace(broken=0, worst=0.0, excess=math.inf)
         elif episode is None:
             episode = Episode(max(ledger.last_accepted + 1, 1), m.step, explained=False)

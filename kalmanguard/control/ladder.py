@@ -14,8 +14,8 @@ class LadderState(NamedTuple):
     """Where the run stands on the ladder.
 
     ``score``: what rollbacks without a recovery between them add up to; ``hold``: steps effects stay in force;
-    ``onset``: when the trouble began that the first of those rollbacks was about; ``relapses``: rollbacks of a run that
-    had been given time since the one before.
+    ``onset``: when the trouble began that the first of those rollbacks was about. ``cut``: the learning rate is cut;
+    ``given_back``: it was, and is no longer; ``relapses``: how often the run has failed again after that.
     """
 
     score: int = 0
@@ -24,6 +24,8 @@ class LadderState(NamedTuple):
     level: float = float("inf")
     hold: int = 0
     onset: int = 0
+    cut: bool = False
+    given_back: bool = False
     relapses: int = 0
 
 
@@ -59,9 +61,15 @@ class Ladder:
         at_once = state.score > 0 and step - state.restored_at <= _AT_ONCE
         hold = self._recovery_steps if state.score == 0 else state.hold if at_once else 2 * state.hold
         began = onset if state.score == 0 else min(state.onset, onset)
-        relapses = state.relapses + (state.score > 0 and not at_once)
         score = state.score + self.weight(state, step)
-        return LadderState(score, state.rollbacks + 1, step, level, hold, began, relapses)
+        cut = (self.rung(state, step) or 0) > 0
+        relapses = state.relapses + state.given_back
+        return LadderState(score, state.rollbacks + 1, step, level, hold, began, cut, False, relapses)
+
+    @staticmethod
+    def released(state: LadderState) -> LadderState:
+        """What was in force is lifted."""
+        return state._replace(cut=False, given_back=state.given_back or state.cut)
 
     def recovered(self, state: LadderState, step: int) -> bool:
         """Whether the effects of the last rollback may be lifted, given an accepted probe at ``step``."""
@@ -70,5 +78,5 @@ class Ladder:
     def settle(self, state: LadderState, step: int) -> LadderState:
         """Forget the score once the run has been quiet for long enough after a recovery."""
         if state.score and step - state.restored_at >= 5 * state.hold:
-            return state._replace(score=0, rollbacks=0, relapses=0)
+            return state._replace(score=0, rollbacks=0, given_back=False, relapses=0)
         return state

@@ -43,9 +43,9 @@ class Episode(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """A detector that tells nothing new before step ``until``; ``gap`` is how long it is not listened to next time."""
+    """A sensor that tells nothing new before step ``until``; ``gap`` is how long it was not listened to last time."""
 
-    detector: str
+    sensor: str
     until: int
     gap: int
 

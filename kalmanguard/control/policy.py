@@ -27,8 +27,6 @@ from kalmanguard.records import (
 )
 from kalmanguard.settings import Settings
 
-#: Relapses after which a learning rate that was cut is not given back any more.
-_LASTING_RELAPSES = 2
 #: Dropped proposals in a row after which the state itself is not trusted any more.
 _VETOES = 8
 
@@ -85,17 +83,21 @@ class Policy:
             return f"{what} changed without an optimizer step, and the held-out loss {verdict.y:.4g} has left its bound"
         return self._stuck(ledger, m)
 
-    def _stuck(self, ledger: Ledger, m: Measurement) -> str:
+    def is_stuck(self, ledger: Ledger, m: Measurement) -> bool:
+        """Whether so many proposals in a row were dropped that the state itself is not trusted any more."""
         skipped = ledger.skipped_in_a_row
         # Of gradients that are merely large, so many are dropped only while bad data is: else they would be clipped.
         limit = _VETOES if m.veto == "nonfinite" else max(_VETOES, self._settings.gate_skips + 1)
-        if m.veto in ("nonfinite", "explosion") and skipped and skipped % limit == 0:
+        return m.veto in ("nonfinite", "explosion") and skipped > 0 and skipped % limit == 0
+
+    def _stuck(self, ledger: Ledger, m: Measurement) -> str:
+        if self.is_stuck(ledger, m):
             why = (
                 "not finite"
                 if m.veto == "nonfinite"
                 else f"dropped, the last with a gradient norm of {m.gradient_norm:.4g}"
             )
-            return f"{skipped} proposed steps in a row were {why}"
+            return f"{ledger.skipped_in_a_row} proposed steps in a row were {why}"
         return ""
 
     # -- rollback ------------------------------------------------------------------------------------------------
@@ -210,9 +212,9 @@ class Policy:
                 ladder=ledger.ladder._replace(level=verdict.level),
             )
         release = self._recovered(ledger, m, verdict)
-        lasting = release and ledger.ladder.relapses >= _LASTING_RELAPSES
+        lasting = release and ledger.ladder.cut and ledger.ladder.relapses > 0
         if release:
-            ledger = ledger._replace(mode=Mode.WATCHING)
+            ledger = ledger._replace(mode=Mode.WATCHING, ladder=self._ladder.released(ledger.ladder))
         if ledger.mode is Mode.WATCHING and ledger.ladder.score and ledger.episode is None:
             ledger = ledger._replace(ladder=self._ladder.settle(ledger.ladder, m.step))
         snapshot = False
@@ -235,8 +237,8 @@ class Policy:
         reason = _reason(m, level, verdict, evidence)
         if lasting:
             reason += (
-                f" The run has recovered; its learning rate stays at {m.lr_factor:.2g} of what the loop asks for, "
-                f"since it has failed {ledger.ladder.relapses} times when it was given back."
+                " The run has recovered, but it had failed again after its learning rate was given back: from now on "
+                "it gets no more than the share that has worked."
             )
         decision = Decision(
             m.step, action, action, level, ledger.mode, reason, evidence,
@@ -265,7 +267,8 @@ class Policy:
             met = m.veto == "explosion" or any(item.detector == "loss" and item.fired for item in evidence)
             if met and episode.gradient < gate:
                 return episode.gradient, False
-        if ledger.skipped_in_a_row >= settings.gate_skips and math.isfinite(gate):
+        large = m.veto in ("explosion", "clipped") and ledger.skipped_in_a_row >= settings.gate_skips
+        if large and math.isfinite(gate):
             # Scaled down to a typical norm, not to the gate: Adam remembers the square of it for a thousand steps.
             return typical, True
         return gate, False
@@ -324,10 +327,10 @@ def _target(slots: tuple[Slot, ...], onset: int, rung: int, y: float, bound: flo
     """
     better = [s for s in slots if not s.certified or not math.isfinite(y) or s.level < y]
     # What was certified before there was progress may lie outside of what is allowed now.
-    better = [s for s in better if not s.certified or s.level <= bound] or better
-    eligible = [s for s in better if s.step < onset and not s.suspect and (rung == 0 or s.certified)]
-    if eligible:
-        return eligible[max(0, len(eligible) - 1 - rung)].step
+    for choice in ([s for s in better if not s.certified or s.level <= bound], better):
+        eligible = [s for s in choice if s.step < onset and not s.suspect and (rung == 0 or s.certified)]
+        if eligible:
+            return eligible[max(0, len(eligible) - 1 - rung)].step
     fallback = min((s for s in better if s.certified), key=lambda s: (s.suspect, s.level), default=None)
     return fallback.step if fallback is not None else None
 
@@ -335,7 +338,7 @@ def _target(slots: tuple[Slot, ...], onset: int, rung: int, y: float, bound: flo
 def _advice(m: Measurement) -> str:
     """What a run that fails again and again has most likely wrong."""
     if m.lr_factor < 1.0:
-        return f", the last at {m.lr_factor:.2g} of the learning rate (so look at the data and the model first)"
+        return f", the last at {m.lr_factor:.2g} of the learning rate that the loop asks for"
     return " (a learning rate that is too high fails again whenever it is given back)"
 
 

@@ -37,10 +37,13 @@ _EXCURSION_PROBES = 2
 _RECOVERING_PROBES = 8
 _PROBATION_PROBES = 16
 _WARMUP_PROBES = 11
-#: Rows of innovations that an onset is read from, and the largest that counts: beyond it all are equally certain.
-_RECENT, _CLIP = 32, 100.0
+#: Rows of innovations that an onset is read from.
+_RECENT = 32
+_DROPPED = ("nonfinite", "explosion")
 #: Steps for which a finding of a sensor is not news again; doubled every time.
 _FINDING_GAP = 50
+#: Gaps of quiet after which it begins at that again.
+_FORGOTTEN = 4
 #: Edits of parameters between steps after which they count as the user's habit.
 HABIT = 3
 
@@ -104,10 +107,7 @@ class Watch:
         """First step that the innovations were off at, by their change point; this one unless they show more."""
         if "onset" not in self._on or not ledger.warm:
             return m.step
-        window = [
-            tuple(math.nan if i is None else max(-_CLIP, min(_CLIP, i.normalised)) for i in row)
-            for row in ledger.recent
-        ]
+        window = [tuple(math.nan if i is None else i.normalised for i in row) for row in ledger.recent]
         change = onset(window)
         return m.step if change is None else m.step - change.ago + 1
 
@@ -160,9 +160,10 @@ class Watch:
                     tails = (*tails[:index], tail, *tails[index + 1 :])
                 if evidence is not None:
                     found.append(evidence)
-            excursion, evidence = self._excursion.step(excursion, _effective(m))
-            if evidence is not None and "learning-rate" in self._on:
-                found.append(evidence)
+            if "learning-rate" in self._on:
+                excursion, evidence = self._excursion.step(excursion, _effective(m))
+                if evidence is not None:
+                    found.append(evidence)
         else:
             excursion = self._excursion.learn(excursion, _effective(m))
         first = ledger.first_loss
@@ -186,8 +187,8 @@ class Watch:
                 found.append(evidence)
         dynamics = ledger.dynamics
         if self._dynamics and m.veto is None:
-            rate = max(m.learning_rates, default=0.0) * m.lr_factor
-            dynamics, more = self._dynamics.step(dynamics, m.step, m.velocity, rate, innovations[0])
+            applied = max(m.learning_rates, default=0.0) * m.lr_factor
+            dynamics, more = self._dynamics.step(dynamics, m.step, m.velocity, applied, innovations[0])
             found.extend(more if warm else ())
         heard = ledger.heard
         if m.findings:
@@ -197,7 +198,8 @@ class Watch:
             tuple(found),
             ledger._replace(
                 heard=heard,
-                recent=(*ledger.recent[1 - _RECENT :], innovations),
+                # What was dropped has moved nothing.
+                recent=ledger.recent if m.veto in _DROPPED else (*ledger.recent[1 - _RECENT :], innovations),
                 dynamics=dynamics,
                 fusion=fusion,
                 tails=tails,
@@ -237,16 +239,19 @@ def _score(innovation: Innovation) -> float:
 
 
 def _news(heard: tuple[Heard, ...], m: Measurement) -> tuple[tuple[Heard, ...], list[Evidence]]:
-    """Suspicious findings of detectors that have not said so just before: one that never stops buys few probes."""
+    """Suspicious findings of sensors that have not told any just before: one that never stops buys few probes."""
     news = []
     for finding in m.findings:
         if not finding.fired:
             continue
-        last = next((h for h in heard if h.detector == finding.detector), None)
+        sensor = finding.detector.partition(".")[0]
+        last = next((h for h in heard if h.sensor == sensor), None)
         if last is not None and m.step < last.until:
             continue
-        gap = _FINDING_GAP if last is None else 2 * last.gap
-        heard = (*(h for h in heard if h is not last), Heard(finding.detector, m.step + gap, gap))
+        # One that has been quiet for long is listened to as at first.
+        again = last is not None and m.step - last.until < _FORGOTTEN * last.gap
+        gap = 2 * last.gap if last is not None and again else _FINDING_GAP
+        heard = (*(h for h in heard if h is not last), Heard(sensor, m.step + gap, gap))
         news.append(finding)
     return heard, news
 

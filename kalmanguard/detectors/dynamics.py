@@ -32,6 +32,8 @@ _GROWN = math.log(8.0)
 #: Scores in their own unit: minus the log of the p-value, standard errors, deviations of the log ratio.
 _LINE, _ALTERNATION, _RATIO = 18.0, 6.0, 8.0
 _RATE = 1.5e-4 * BLOCK
+#: Longer updates per unit of learning rate have no fourth power; what is so far gone needs no diagnosis.
+_LONGEST = 1e60
 _MEMORY = 20
 
 
@@ -94,7 +96,7 @@ class Dynamics:
         if velocity is None or not rate > 0.0:
             return state, found
         length = math.sqrt(float(velocity.dot(velocity)))
-        if not length > 0.0:
+        if not 0.0 < length / rate < _LONGEST:
             return state, found
         gap = step - state.last
         if gap != state.gap:
@@ -115,7 +117,9 @@ class Dynamics:
         if "lyapunov" in self._names:
             growth = lyapunov(state.speeds)
             low = (growth.exponent - 4.0 * growth.standard_error) * WINDOW
-            state = self._test(state, 0, growth.exponent / state.gap, max(low, 0.0) / _GROWN, "per step", found)
+            state = self._test(
+                state, 0, growth.exponent / state.gap, (low if low > 0.0 else 0.0) / _GROWN, "per step", found
+            )
         if "oscillation" in self._names:
             if len(state.scores) == WINDOW:
                 line = spectral_line(np.array(state.scores))
@@ -160,6 +164,8 @@ class Dynamics:
         self, state: DynamicsState, index: int, value: float, score: float, unit: str, found: list[Evidence]
     ) -> DynamicsState:
         test = self._tests[index]
+        if math.isnan(score):
+            return state
         tail, fired = test.step(state.tails[index], Innovation(test.channel, score, 1.0))
         if fired is not None:
             allowed = test.threshold(state.tails[index])

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 #: Smallest mean, in deviations, that counts as a shift: healthy innovations are biased by less.
 _SHIFT = 1.5
+#: Largest innovation that counts, in deviations, and the least share of rows that are up.
+_LARGEST, _UP_FRAC = 10.0, 0.6
 
 
 class Onset(NamedTuple):
@@ -37,9 +39,10 @@ def onset(window: Sequence[Sequence[float]], *, threshold: float = 64.0) -> Onse
     Notes
     -----
     For each channel the change point ``tau`` maximises ``(sum_{i >= tau} z_i)^2 / (n - tau)`` over the rows before the
-    last, the likelihood ratio of a mean that is 0 before and constant after; means below 1.5 deviations are none. The
-    earliest onset of the channels beyond the threshold counts. Only rises are looked for. Guarantee: HEURISTIC
-    (innovations of deviation 1, one change). Cost: 60 us for 32 rows of 5, at a detection only.
+    last, the likelihood ratio of a mean that is 0 before and constant after. Most rows of the stretch must be up by 1.5
+    deviations themselves, and none counts as more than 10: a single spike that has healed is no shift. The earliest
+    onset of the channels beyond the threshold counts. Only rises are looked for. Guarantee: HEURISTIC (innovations of
+    deviation 1, one change). Cost: 60 us for 32 rows of 5, at a detection only.
 
     References
     ----------
@@ -56,15 +59,16 @@ def onset(window: Sequence[Sequence[float]], *, threshold: float = 64.0) -> Onse
     best: Onset | None = None
     for channel in range(len(window[0]) if window else 0):
         total = score = 0.0
-        rows = at = 0
+        rows = up = at = 0
         for ago, row in enumerate(reversed(window[:-1]), start=2):
             z = row[channel]
             if math.isnan(z):
                 continue
             rows += 1
-            total += z
+            up += z > _SHIFT
+            total += max(-_LARGEST, min(_LARGEST, z))
             ratio = total * total / rows
-            if total > _SHIFT * rows and ratio > score:
+            if up >= _UP_FRAC * rows and ratio > score:
                 score, at = ratio, ago
         if score > threshold and (best is None or at > best.ago):
             best = Onset(at, score, channel)

@@ -85,7 +85,7 @@ class EstimatorBank:
         rate = max(m.learning_rates, default=0.0) * m.lr_factor
         applied = m.veto in (None, "clipped")
         # Every step counts alike, also those that the sketch leaves out.
-        speed = rate * trajectory_state.length if applied else 0.0
+        speed = max(rate, 0.0) * trajectory_state.length if applied else 0.0
         if m.velocity is not None and m.parameters_finite and applied:
             length = math.sqrt(float(m.velocity.dot(m.velocity)))
             # Below the rounding floor the velocity is arithmetic noise of the parameters' dtype: abstain.

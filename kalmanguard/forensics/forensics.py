@@ -196,7 +196,7 @@ class Forensics:
         del step  # counted here: a rollback repeats the supervisor's
         return tuple(
             Evidence(
-                f"forensics.{finding.check}",
+                finding.check,
                 finding.statistic,
                 True,
                 finding.guarantee,

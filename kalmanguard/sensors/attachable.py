@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
-from kalmanguard.errors import ConfigurationError
-from kalmanguard.records import Decision, Evidence, Measurement
+from kalmanguard.errors import ConfigurationError, KalmanguardError
+from kalmanguard.records import Decision, Evidence, Guarantee, Measurement
 
 
 @runtime_checkable
@@ -43,16 +44,19 @@ class Attached:
     def __init__(self, report: Callable[[str, BaseException], None]) -> None:
         self._report = report
         self._sensors: list[Attachable] = []
+        self._closed = False
 
     def add(self, sensor: Attachable) -> None:
         """Ask ``sensor`` too from the next step on."""
-        if not isinstance(sensor, Attachable):
+        if isinstance(sensor, type) or not isinstance(sensor, Attachable):
             raise ConfigurationError(
                 f"attach() was given a {type(sensor).__name__} without sense(step) and close(); see "
                 "kalmanguard.sensors.attachable.Attachable."
             )
         if any(sensor is other for other in self._sensors):
             return
+        if self._closed:
+            raise ConfigurationError("The supervisor is closed; attach the sensor to a new one.")
         if callable(attach := getattr(sensor, "attach", None)):
             attach()
         self._sensors.append(sensor)
@@ -72,7 +76,7 @@ class Attached:
         found: list[Evidence] = []
         for sensor in tuple(self._sensors):
             try:
-                found.extend(sensor.sense(step))
+                found.extend(_checked(sensor, item) for item in sensor.sense(step))
             except Exception as fault:
                 self._report(f"{type(sensor).__name__} failed and is off: {type(fault).__name__}: {fault}", fault)
                 self.remove(sensor)
@@ -87,9 +91,11 @@ class Attached:
         self._tell("forget")
 
     def close(self) -> None:
-        """Close all."""
+        """Close all, whatever happens."""
+        self._closed = True
         for sensor in tuple(self._sensors):
-            self.remove(sensor)
+            with suppress(KalmanguardError):
+                self.remove(sensor)
 
     def _tell(self, what: str, *about: object) -> None:
         for sensor in tuple(self._sensors):
@@ -100,3 +106,18 @@ class Attached:
             except Exception as fault:
                 self._report(f"{type(sensor).__name__} failed and is off: {type(fault).__name__}: {fault}", fault)
                 self.remove(sensor)
+
+
+def _checked(sensor: Attachable, item: Evidence) -> Evidence:
+    """The evidence with plain values, under the name of its sensor: the journal must be able to keep it."""
+    if not isinstance(item, Evidence):
+        raise TypeError(f"sense() returned a {type(item).__name__}, not Evidence")
+    return Evidence(
+        f"{type(sensor).__name__}.{item.detector}",
+        float(item.statistic),
+        bool(item.fired),
+        Guarantee(item.guarantee),
+        str(item.message),
+        None if item.p_value is None else float(item.p_value),
+        None if item.e_value is None else float(item.e_value),
+    )

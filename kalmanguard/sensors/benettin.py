@@ -82,7 +82,7 @@ def benettin(
     """
     pair = copy.deepcopy(model), copy.deepcopy(model)
     optimizers = tuple(make_optimizer([p for p in m.parameters() if p.requires_grad]) for m in pair)
-    trained = [[p for p in m.parameters() if p.requires_grad and p.is_floating_point()] for m in pair]
+    trained = tuple([p for p in m.parameters() if p.requires_grad and p.is_floating_point()] for m in pair)
     coarsest = max((torch.finfo(p.dtype).eps for p in trained[0]), default=0.0)
     if not trained[0] or not distance > 100.0 * coarsest:
         raise ConfigurationError(
@@ -98,22 +98,21 @@ def benettin(
             p.add_((direction * (length / norm)).to(p))
     stretches: list[float] = []
     count = 0
-    for batch in batches:
-        state = torch.random.get_rng_state()
-        for copied, optimizer in zip(pair, optimizers, strict=True):
-            torch.random.set_rng_state(state)  # dropout draws the same for both
-            optimizer.zero_grad()
-            step_loss(copied, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        torch.random.set_rng_state(state)
-        count += 1
-        if count % every == 0:
-            apart = _distance(*trained)
-            if not (math.isfinite(apart) and apart > 0.0):
-                stretches.append(math.copysign(math.inf, apart) if apart else -math.inf)
-                break
-            stretches.append(math.log(apart / length) / every)
-            _pull_back(optimizers, trained, length / apart)
+    with torch.random.fork_rng():
+        for batch in batches:
+            for turn, (copied, optimizer) in enumerate(zip(pair, optimizers, strict=True)):
+                with torch.random.fork_rng(enabled=turn == 0):  # dropout draws the same for both
+                    optimizer.zero_grad()
+                    step_loss(copied, batch).backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+            count += 1
+            if count % every == 0:
+                apart = _distance(*trained)
+                if not (math.isfinite(apart) and apart > 0.0):
+                    stretches.append(-math.inf if apart == 0.0 else math.inf)
+                    break
+                stretches.append(math.log(apart / length) / every)
+                _pull_back(optimizers, pair, trained, length / apart)
     if len(stretches) < 2:
         raise ConfigurationError(f"{count} batches are too few for two stretches of {every} steps; give more of them.")
     settled = stretches[1:]
@@ -131,8 +130,16 @@ def _distance(first: list[nn.Parameter], second: list[nn.Parameter]) -> float:
 
 
 @torch.no_grad()
-def _pull_back(optimizers: tuple[Optimizer, ...], trained: list[list[nn.Parameter]], share: float) -> None:
-    """Shrink the difference of the whole states, moments included, to ``share`` of what it is."""
+def _pull_back(
+    optimizers: tuple[Optimizer, ...],
+    pair: tuple[nn.Module, nn.Module],
+    trained: tuple[list[nn.Parameter], ...],
+    share: float,
+) -> None:
+    """Shrink the difference of the whole states, buffers and moments included, to ``share`` of what it is."""
+    for one, other in zip(pair[0].buffers(), pair[1].buffers(), strict=True):
+        if one.is_floating_point():
+            _shrink(one, other, share)
     for a, b in zip(*trained, strict=True):
         _shrink(a, b, share)
         for key, value in optimizers[0].state.get(a, {}).items():
