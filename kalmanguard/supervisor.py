@@ -43,6 +43,7 @@ from kalmanguard.journal.header import environment, header
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.loop import Loop
 from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outcome
+from kalmanguard.sensors.arguments import checked_model
 from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
@@ -174,10 +175,12 @@ class Supervisor:
         *,
         resume: bool,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigurationError(f"model is a {type(model).__name__}; pass the torch.nn.Module that is trained.")
         self.settings = chosen = _calibrated(Settings.of(settings))
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model: nn.Module = getattr(checked_model(model), "_orig_mod", model)
+        schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list) else [scheduler]
+        for item in schedulers:
+            if not hasattr(item, "state_dict"):
+                raise ConfigurationError(f"scheduler is a {type(item).__name__} without state_dict(); pass the object.")
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self._rewindable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         if chosen.replay and not self._rewindable:
@@ -205,7 +208,7 @@ class Supervisor:
             training = TrainingState(
                 self.model,
                 optimizers=tap.optimizers,
-                schedulers=[] if scheduler is None else list(scheduler) if isinstance(scheduler, list) else [scheduler],
+                schedulers=schedulers,
                 scaler=scaler,
                 loader=loader if self._rewindable else None,
                 extras=self._extras,

@@ -38,6 +38,16 @@ def test_the_page_on_diagnostics_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "landscape.png").exists()
 
 
+@pytest.mark.parametrize("page", ["calibration", "dynamics", "forensics", "plants", "predictor", "spectrum"])
+def test_every_block_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    found = blocks(f"docs/{page}.md")
+    assert found
+    for number, block in enumerate(found, 1):
+        exec(compile(block, f"docs/{page}.md, block {number}", "exec"), namespace)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

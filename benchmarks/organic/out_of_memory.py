@@ -23,15 +23,15 @@ def rehearse(seed: int) -> Result:
 
     What must hold: the allocator's own exception reaches the caller; state and count of steps are as before; training
     goes on with the next batch; a held state can then be restored bit for bit. What a user would like besides is a
-    sentence that says what to do, as a note on the exception or a warning. And a program that dies of it, inside the
-    supervisor's ``with`` block, must leave a checkpoint that the run can be resumed from.
+    sentence that says what to do. A program that dies of it, inside the supervisor's ``with`` block, must leave a
+    checkpoint that the run can be resumed from, and the exception must say so.
     """
     return {"seed": seed, **_caught(seed), **_died(seed)}
 
 
 def _caught(seed: int) -> Result:
     plant, states = _plant(seed), {}
-    result: Result = {"exception": None, "advice": []}
+    result: Result = {"exception": None}
     with tempfile.TemporaryDirectory() as folder:
         supervisor = _supervise(plant, folder)
         for step in range(1, _STEPS + 1):
@@ -40,7 +40,6 @@ def _caught(seed: int) -> Result:
                 loss = _loss(plant, spike=step == _SPIKE)
             except RuntimeError as error:
                 result["exception"] = f"{type(error).__name__}: {error}"[:120]
-                result["advice"] = list(getattr(error, "__notes__", ()))
                 result["untouched"] = _same(before, _state(plant)) and supervisor.step == step - 1
                 continue
             _advance(plant, loss)
@@ -64,17 +63,17 @@ def _died(seed: int) -> Result:
                     _advance(plant, loss)
                     supervisor.update(loss)
         except RuntimeError as error:
-            passed = "memory" in str(error)
+            passed, advice = "memory" in str(error), list(getattr(error, "__notes__", ()))
         else:
-            passed = False
+            passed, advice = False, []
         fresh = _plant(seed + 1)
         try:
             resumed = Supervisor.resume(f"{folder}/run", fresh.model, fresh.probe_loader, optimizer=fresh.optimizer)
         except KalmanguardError as error:
-            return {"passed": passed, "resumed_at": None, "why": str(error)}
-        at = resumed.step
+            return {"passed": passed, "advice": advice, "resumed_at": None, "why": str(error)}
+        at = resumed.resumed_from
         resumed.close()
-    return {"passed": passed, "resumed_at": at, "why": ""}
+    return {"passed": passed, "advice": advice, "resumed_at": at, "why": ""}
 
 
 def _plant(seed: int) -> MLPPlant:

@@ -25,7 +25,6 @@ class LearningRateLimit:
 
     def __init__(self) -> None:
         self.ceiling = 1.0
-        self._worked = 1.0
         self._factor = 1.0
         self._caps: dict[tuple[int, int], float] = {}
         self._users: dict[tuple[int, int], float] = {}
@@ -50,12 +49,11 @@ class LearningRateLimit:
         self._caps.update({(id(optimizer), index): rate for index, rate in enumerate(rates)})
 
     def release(self, *, lasting: bool = False) -> None:
-        """Begin to give the user's rates back; ``lasting``: no more than the factor of the recovery before this one."""
+        """Begin to give the user's rates back; ``lasting``: the factor, which has worked, stays, and only caps go."""
         if not self.active or self._releasing:
             return
         if lasting:
-            self.ceiling = min(self.ceiling, self._worked if self._worked < 1.0 else self._factor)
-        self._worked = self._factor
+            self.ceiling = min(self.ceiling, self._factor)
         self._releasing = True
         self._left = dict.fromkeys(self._lowest, _RAMP_STEPS)
         self._factor, self._caps = self.ceiling, {}

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from kalmanguard.actuators.rounding import round_stochastically
 from kalmanguard.errors import ConfigurationError
+from kalmanguard.sensors.arguments import checked_count, checked_model
 from kalmanguard.sensors.spectrum.layers import MatrixLayer, matrix_layers
 from kalmanguard.sensors.spectrum.measures import top_singular
 
@@ -136,10 +137,10 @@ class SpectralThermostat:
         include: Callable[[str], bool] | None = None,
         seed: int = 0,
     ) -> None:
+        checked_model(model)
+        checked_count("every", every)
         if not 0 < target <= 1:
             raise ConfigurationError(f"target = {target} is outside (0, 1]: it is a share of the present stable rank.")
-        if every < 1:
-            raise ConfigurationError(f"every = {every} is below 1.")
         if not 0 < strongest <= _MOST_AT_ONCE:
             raise ConfigurationError(f"strongest = {strongest} is outside (0, {_MOST_AT_ONCE}].")
         if seed < 0:

@@ -82,7 +82,8 @@ class Judge:
             harm = "the held-out loss is not finite"
             return e, ledger, Verdict(y=y, harm=harm, evidence=(Evidence("probe", y, True, Guarantee.EXACT, harm),))
         if math.isnan(ledger.start):
-            ledger = ledger._replace(start=y, best=y, last_accepted=m.step)
+            error = paired_standard_error(probe.losses, 0.0 * probe.losses)
+            ledger = ledger._replace(start=y, best=y, last_accepted=m.step, start_error=error)
             e = e._replace(probe=self._probe.update(e.probe, y, 0.0), reference=probe.losses)
             return e, ledger, Verdict(y=y, level=y, accepted=True, envelope=self._line(ledger))
         floor = max(ledger.standard_error, 1e-4 * abs(ledger.best), 1e-12)
@@ -157,8 +158,8 @@ class Judge:
         """The bound during warm-up: none at its beginning, when early steps may overshoot, then the first probe's."""
         if m.step - ledger.began < self._settings.warmup_steps or not self._is_worse_than_untrained(ledger, m):
             return math.inf
-        # A loss that began at its optimum can only rise; how far it may is not for its noise to say.
-        errors = _UNTRAINED_ERRORS * ledger.standard_error
+        # A loss that began at its optimum can only rise, and there is nothing that says how far it may.
+        errors = _UNTRAINED_ERRORS * ledger.start_error
         if abs(ledger.start) <= errors:
             return math.inf
         return ledger.start + max(_UNTRAINED_FRAC * abs(ledger.start), errors)

@@ -53,6 +53,7 @@ class Heard(NamedTuple):
 class Ledger(NamedTuple):
     """What no rollback rewinds.
 
+    ``start_error`` is the standard error of the first probe's own mean.
     ``began`` is the step before the first one of the present objective, ``first_loss`` the first training loss of it.
     ``recent`` are the innovations of the last steps since a restored state, from which an onset is read.
     """
@@ -91,6 +92,7 @@ class Ledger(NamedTuple):
     recent: tuple[tuple[Innovation | None, ...], ...] = ()
     dynamics: DynamicsState = DynamicsState()
     fusion: FusionState = FusionState()
+    start_error: float = 0.0
 
 
 def restarted(ledger: Ledger, objective: int, began: int) -> Ledger:

@@ -22,6 +22,7 @@ from kalmanguard.forensics.report import Finding, Report, Severity, Trend
 from kalmanguard.forensics.samples import LayerSample, Sample
 from kalmanguard.forensics.updates import UpdateWatch, weight_sizes
 from kalmanguard.records import Evidence
+from kalmanguard.sensors.arguments import checked_count, checked_model
 
 #: A finding that is not renewed stays for so many detection latencies.
 _HOLD = 2
@@ -94,10 +95,9 @@ class Forensics:
         layers_per_step: int = 2,
         checks: Sequence[Check] | None = None,
     ) -> None:
-        for name, value in (("every", every), ("layers_per_step", layers_per_step)):
-            if value < 1:
-                raise ConfigurationError(f"{name} = {value}: it counts steps or layers and is at least 1.")
-        self._model, self._every = model, every
+        checked_count("layers_per_step", layers_per_step)
+        self._model, self._every = checked_model(model), checked_count("every", every)
+        _check_optimizer(model, optimizer)
         self._layers = find_layers(model)
         if not self._layers:
             raise ConfigurationError(
@@ -354,3 +354,13 @@ def _is_compiled(model: nn.Module) -> bool:
         or isinstance(module, torch.jit.ScriptModule)
         for module in model.modules()
     )
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer, or none.")
+    own = set(map(id, model.parameters()))
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigurationError("The optimizer holds no parameter of the model; pass the one that trains it, or none.")

@@ -13,6 +13,7 @@ from kalmanguard.detectors.damping import Damping, damping
 from kalmanguard.detectors.dynamics import Dynamics, DynamicsState
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import Evidence, FloatArray
+from kalmanguard.sensors.arguments import checked_count, checked_model
 from kalmanguard.sensors.sketch import Sketch
 
 
@@ -63,7 +64,8 @@ class DampingMonitor:
         size: int = 64,
         seed: int = 0,
     ) -> None:
-        chosen = _chosen(model, layers)
+        checked_count("size", size, least=8)
+        chosen = _chosen(checked_model(model), layers)
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         whole = layers if isinstance(layers, str) else "model" if layers is None else ", ".join(layers)
         for name, parameter in chosen:
