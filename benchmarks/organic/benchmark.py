@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from typing import Any
 
@@ -170,14 +171,16 @@ def _of(result: Result, name: str, guard: str) -> list[Result]:
 
 def _own(names: list[str], result: Result) -> str:
     rows: list[list[object]] = []
-    for name in names:
+    for name, guard in itertools.product(names, ("kalmanguard", "kalmanguard, forensics")):
         bare = [one for one in result["bare"] if one["name"] == name]
-        cases = _of(result, name, "kalmanguard")
+        cases = _of(result, name, guard)
+        if not cases:
+            continue
         gauges = [one["gauge"] for one in bare if one["gauge"]]
         grown = f"{bare[0]['gauged']}: {number(gauges[0][0])} to {number(gauges[0][2])}" if gauges else "–"
         deeds = [sum(case[key] for case in cases) for key in ("vetoes", "clips", "rollbacks")]
         halts = sum(case["halted_at"] is not None for case in cases)
-        cells: list[object] = [name, len(bare), grown]
+        cells: list[object] = [name + guard.removeprefix("kalmanguard"), len(bare), grown]
         if result["harmful"][name]:
             cells += [
                 counts([one["best_at"] for one in bare]),
