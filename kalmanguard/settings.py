@@ -22,7 +22,7 @@ DETECTORS: dict[str, bool] = {
     "trajectory": True,
     "drift": True,
     "learning-rate": True,
-    "onset": True,
+    "onset": False,
     "fusion": False,
     "lyapunov": False,
     "oscillation": False,

@@ -912,7 +912,9 @@ def test_in_warmup_only_what_is_worse_on_its_own_batches_too_is_undone(training:
 
 
 def test_a_spike_that_healed_or_was_dropped_moves_no_later_onset() -> None:
-    flight = Flight(descent())
+    flight = Flight(
+        descent(), settings=Settings(probe_every=5, snapshot_every=10, detectors=(*Settings().detectors, "onset"))
+    )
     steps = list(healthy(400))
     for m in steps[:300]:
         flight.step(m)

@@ -179,6 +179,9 @@ class Watch:
             if drift_state.level is not None and warm:
                 lowest = min(lowest, drift_state.level)
         found.extend(certain(m, habitual=ledger.tampered > HABIT))
+        recent = ledger.recent
+        if "onset" in self._on and m.veto not in _DROPPED:  # what was dropped has moved nothing
+            recent = (*recent[1 - _RECENT :], innovations)
         fusion = ledger.fusion
         if self._fusion is not None and warm:
             scores = [None if i is None else _score(i) for i in innovations]
@@ -198,8 +201,7 @@ class Watch:
             tuple(found),
             ledger._replace(
                 heard=heard,
-                # What was dropped has moved nothing.
-                recent=ledger.recent if m.veto in _DROPPED else (*ledger.recent[1 - _RECENT :], innovations),
+                recent=recent,
                 dynamics=dynamics,
                 fusion=fusion,
                 tails=tails,
