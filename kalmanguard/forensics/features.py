@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from kalmanguard.forensics.hooks import Hook
 from kalmanguard.forensics.layers import Layer
 from kalmanguard.forensics.samples import Features
 
-_EXAMPLES, _POSITIONS, _ROWS, _UNITS = 16, 4, 64, 512
+_ROWS, _UNITS = 64, 512
+#: Steps of this share of a whole spread over it as evenly as steps can.
+_GOLDEN = 0.381966
 
 
 class FeatureWatch:
@@ -63,7 +66,7 @@ class FeatureWatch:
 
 
 def sampled_rows(x: Tensor, axis: int, turn: int) -> Tensor:
-    """At most 64 rows of at most 512 units, evenly spaced with an offset that changes with ``turn``; a copy.
+    """At most 64 rows of at most 512 units, scattered over examples and positions, others at every ``turn``; a copy.
 
     Examples
     --------
@@ -72,21 +75,29 @@ def sampled_rows(x: Tensor, axis: int, turn: int) -> Tensor:
     """
     if axis == 1 and x.dim() > 2:
         x = x.flatten(2)
-        x = _every(_every(x, 0, _EXAMPLES, turn), 2, _ROWS // min(_EXAMPLES, len(x)), turn)
-        x = x.transpose(1, 2).reshape(-1, x.shape[1])
+        chosen = _scattered(len(x) * x.shape[2], _ROWS, turn).to(x.device)
+        x = x[chosen // x.shape[2], :, chosen % x.shape[2]]
     else:
-        x = _every(x.reshape(-1, x.shape[-1]), 0, _ROWS, turn)
-    return _every(x, 1, _UNITS, 0).to(torch.float32, copy=True)
+        x = x.reshape(-1, x.shape[-1])
+        x = x.index_select(0, _scattered(len(x), _ROWS, turn).to(x.device))
+    return _every(x, 1, _UNITS).to(torch.float32, copy=True)
 
 
-def _every(x: Tensor, dim: int, most: int, turn: int) -> Tensor:
+def _every(x: Tensor, dim: int, most: int) -> Tensor:
     size = x.shape[dim]
     if size <= most:
         return x
-    stride = size // most
-    return x.narrow(dim, turn % stride, size - turn % stride)[
-        (slice(None),) * dim + (slice(None, None, stride),)
-    ].narrow(dim, 0, most)
+    return x[(slice(None),) * dim + (slice(None, None, size // most),)].narrow(dim, 0, most)
+
+
+def _scattered(size: int, most: int, turn: int) -> Tensor:
+    """Indices below ``size``, at most so many: even steps would fall into one column of an image."""
+    if size <= most:
+        return torch.arange(size)
+    step = round(_GOLDEN * size)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return (turn + step * torch.arange(most)) % size
 
 
 def _array(rows: Tensor) -> np.ndarray:
