@@ -137,7 +137,7 @@ class Engine:
                 bound = verdict.bound if verdict.envelope is not None else math.inf
                 ruling = self._policy.intervene(ledger, m, harm, y, bound, evidence, statistics)
             if ruling is None:
-                ruling = self._policy.accept(ledger, m, verdict, evidence, statistics, gradients=_gradients(estimators))
+                ruling = self._policy.accept(ledger, m, verdict, evidence, statistics, estimators=estimators)
             ledger, decision = ruling
             if adopt:
                 decision = replace(decision, orders=replace(decision.orders, adopt=True))
@@ -179,14 +179,6 @@ class Engine:
         return EngineState(estimators, ledger, tuple(pair for pair in state.saved if pair[0] in held))
 
 
-def _gradients(e: Estimators) -> tuple[float, float]:
-    """A typical gradient norm, one deviation above its trend, and the largest of the recent past."""
-    trend, largest = e.gradient, e.largest_gradient
-    if trend.level is None or trend.scale.seen < 10:
-        return largest, largest
-    return min(largest, math.exp(min(trend.level + trend.scale.deviation, _LARGEST_LOG))), largest
-
-
 def _count_skips(ledger: Ledger, m: Measurement) -> Ledger:
     skipped = ledger.skipped_in_a_row + 1 if m.veto else 0
     # User code that edits parameters itself does so again and again; a flipped bit does not.
@@ -204,7 +196,6 @@ def _halted(ledger: Ledger, m: Measurement, evidence: tuple[Evidence, ...], stat
     )  # fmt: skip
 
 
-_LARGEST_LOG = 700.0
 _NO_PROBE = (math.nan,) * 10
 _NO_BET = (math.nan, math.nan, 0.0, 0.0)
 

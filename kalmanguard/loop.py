@@ -15,6 +15,7 @@ from kalmanguard.detectors.attribution import Cause
 from kalmanguard.detectors.excursion import RATIO
 from kalmanguard.engine import Engine, EngineState
 from kalmanguard.errors import JournalError, RestoreFailed, SnapshotError
+from kalmanguard.estimators.bank import usual_gradient
 from kalmanguard.incidents import Incidents
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.records import Action, Costs, Decision, Level, Measurement, Mode, Outcome, ProbeReading
@@ -28,7 +29,6 @@ from kalmanguard.settings import Settings
 #: Steps after which the sensors' own cost is fitted to the budget, and after which the cadences are set.
 _FIT_AT, _COSTS_AT = 5, 25
 #: Largest logarithm of a gradient norm that is a float again.
-_LARGEST_LOG = 700.0
 #: Times the largest gradient norm so far beyond which the state is captured before the step is applied.
 _DARING = 1.2
 #: Latest events that are kept at hand for a report; all of them stand in the journal.
@@ -201,10 +201,7 @@ class Loop:
 
     def clip_value(self) -> float:
         """Gradient norm that healthy steps stay below: three deviations above its trend; inf while unknown."""
-        trend = self.state.estimators.gradient
-        if trend.level is None or trend.scale.seen < 10:
-            return math.inf
-        return math.exp(min(trend.level + 3.0 * trend.scale.deviation, _LARGEST_LOG))
+        return usual_gradient(self.state.estimators, 3.0)
 
     def _act(self, decision: Decision) -> Decision:
         orders, tap = decision.orders, self.tap

@@ -14,6 +14,7 @@ from kalmanguard.control.watch import HABIT
 from kalmanguard.detectors.certain import certain, edits
 from kalmanguard.detectors.dynamics import DynamicsState
 from kalmanguard.detectors.excursion import RATIO, LearningRateExcursion
+from kalmanguard.estimators.bank import Estimators, usual_gradient
 from kalmanguard.records import (
     OVERWRITE,
     Action,
@@ -195,12 +196,9 @@ class Policy:
         evidence: tuple[Evidence, ...],
         statistics: tuple[float, ...],
         *,
-        gradients: tuple[float, float],
+        estimators: Estimators,
     ) -> Ruling:
-        """Let the step stand; say what the ring does, and what the next gradient may be.
-
-        ``gradients`` are a typical norm and the largest of the recent past.
-        """
+        """Let the step stand; say what the ring does, and what the next gradient may be."""
         certify: tuple[int, ...] = ()
         if is_restore(m) and verdict.accepted:
             assert m.outcome is not None
@@ -227,7 +225,7 @@ class Policy:
             best = verdict.level if verdict.accepted else math.inf
             slot = Slot(m.step, verdict.accepted, best, suspect=ledger.episode is not None and m.outcome is None)
             ledger = ledger._replace(slots=(*(s for s in kept if s.step not in evict), slot), last_snapshot=m.step)
-        gate, clip = self._gate(ledger, m, verdict, evidence, *gradients)
+        gate, clip = self._gate(ledger, m, verdict, evidence, estimators)
         level = _level(ledger, m, verdict, evidence)
         action = Action.VETO if m.veto in ("nonfinite", "explosion") else Action.ACCEPT
         orders = Orders(
@@ -252,8 +250,7 @@ class Policy:
         m: Measurement,
         verdict: Verdict,
         evidence: tuple[Evidence, ...],
-        typical: float,
-        largest: float,
+        estimators: Estimators,
     ) -> tuple[float, bool]:
         """Largest gradient norm of the next step, and whether it is scaled down beyond that instead of dropped.
 
@@ -261,7 +258,7 @@ class Policy:
         met bad data: what is larger than any gradient from before is dropped then, for as long as such batches come
         one after the other.
         """
-        settings, episode = self._settings, ledger.episode
+        settings, episode, largest = self._settings, ledger.episode, estimators.largest_gradient
         gate = settings.gate_ratio * largest if ledger.warm and largest > 0 else math.inf
         if ledger.warm and episode is not None and verdict.accepted and self._judge.is_hopeless(ledger, m):
             met = m.veto == "explosion" or any(item.detector == "loss" and item.fired for item in evidence)
@@ -270,7 +267,7 @@ class Policy:
         large = m.veto in ("explosion", "clipped") and ledger.skipped_in_a_row >= settings.gate_skips
         if large and math.isfinite(gate):
             # Scaled down to a typical norm, not to the gate: Adam remembers the square of it for a thousand steps.
-            return typical, True
+            return min(largest, usual_gradient(estimators, 1.0)), True
         return gate, False
 
     def _recovered(self, ledger: Ledger, m: Measurement, verdict: Verdict) -> bool:

@@ -72,7 +72,7 @@ def damping(blocks: Sequence[Moments]) -> Damping:
 
     Guarantee: ASYMPTOTIC for a second-order process; training is not of second order, so gate on the interval, never on
     the estimate (instruments are weak: on small networks the estimate alone exceeds 1 in many healthy windows).
-    Cost: 100 us, once in 16 steps.
+    Cost: some twenty evaluations of a closed form, once in 16 steps.
 
     References
     ----------

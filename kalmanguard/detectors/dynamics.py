@@ -66,7 +66,7 @@ class Dynamics:
 
     Notes
     -----
-    Guarantee: HEURISTIC. Cost: 8 us a step and 250 us once in 16 steps with all of them.
+    Guarantee: HEURISTIC. Cost: five dot products a step, the judgement once in 16 steps, and the regimes at every step.
     """
 
     def __init__(self, names: Collection[str]) -> None:

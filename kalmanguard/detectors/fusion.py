@@ -38,7 +38,7 @@ class FusionTest:
     Guarantee: the mean run length to a false alarm is at least ``run_length`` if, given the past, no channel exceeds
     its threshold with more than its probability: EXACT under that null (simulated in the tests). A calibration holds on
     average over a run, and healthy exceedances come in clusters, so on training it is HEURISTIC. It sees what no
-    channel shows by itself: three to seven deviations, again and again. Cost: 3 us.
+    channel shows by itself: three to seven deviations, again and again.
 
     References
     ----------

@@ -40,7 +40,7 @@ def spectral_line(series: FloatArray, *, rank: float = 1.0) -> SpectralLine:
     For one Gaussian column g, the largest share of the m ordinates (zero and Nyquist frequency left out), has Fisher's
     exact distribution under white noise: EXACT. For a rank r the share of one ordinate is Beta(r, r (m - 1)) and the
     p-value is m times Chernoff's bound of its tail: conservative for columns of equal weight. Velocities are not white:
-    whiten them first (`whiten`). Cost: 30 us at 64 x 8.
+    whiten them first (`whiten`).
 
     References
     ----------
@@ -109,7 +109,7 @@ def period_two(blocks: Sequence[Moments]) -> Interval:
 
     The loss sees a two-cycle only through its square, and probes at even distances not at all; the updates do. A value
     below -0.5 says that most of an update undoes the one before. Full-batch training lives there in good health, so it
-    is a reason to look at the held-out loss, no more. Guarantee: ASYMPTOTIC (`jackknife`). Cost: 20 us.
+    is a reason to look at the held-out loss, no more. Guarantee: ASYMPTOTIC (`jackknife`).
 
     Examples
     --------

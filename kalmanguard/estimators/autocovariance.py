@@ -56,7 +56,7 @@ def observe(state: AutocovarianceState, velocity: FloatArray) -> AutocovarianceS
     """Take in one finite velocity, shape ``(k,)``.
 
     Lags are steps between velocities, so all velocities must be from steps in a row: after a break start from a new
-    state. Cost: 6 us at k = 64.
+    state. Cost: five dot products of k numbers.
     """
     past = state.velocities
     if len(past) < LAGS:

@@ -13,6 +13,8 @@ from kalmanguard.records import FloatArray, Innovation, Measurement
 #: Channels of `Innovations`, in order.
 CHANNELS = ("loss", "gradient", "gain", "buffers", "trajectory")
 _GATE_DECAY = 0.999
+#: Steps from which on a trend is known, and the largest exponent of a float.
+_KNOWN, _LARGEST_LOG = 10, 700.0
 #: Growth of the largest known gradient norm with every clipped step: gradients that have really grown a hundredfold are
 #: followed within 25 steps, and ten bad ones do not fill the second moments with what was clipped.
 _CLIPPED_GROWTH = 1.2
@@ -52,6 +54,14 @@ class Innovations(NamedTuple):
     def channels(self) -> tuple[Innovation | None, ...]:
         """The innovations in the order of `CHANNELS`."""
         return self[:5]
+
+
+def usual_gradient(e: Estimators, deviations: float) -> float:
+    """Gradient norm so many deviations above its trend; inf while that is not known."""
+    trend = e.gradient
+    if trend.level is None or trend.scale.seen < _KNOWN:
+        return math.inf
+    return math.exp(min(trend.level + deviations * trend.scale.deviation, _LARGEST_LOG))
 
 
 class EstimatorBank:

@@ -58,7 +58,8 @@ class RegimeFilter:
     Notes
     -----
     Guarantee: HEURISTIC (the models' constants are a choice, not fitted; the mixing step approximates). It looks at one
-    channel and adds to no decision by default: switch it on with ``detectors``. Cost: 60 us a step.
+    channel and adds to no decision by default: switch it on with ``detectors``. Cost: some twenty small
+    array operations a step.
 
     References
     ----------

@@ -44,7 +44,7 @@ class DampingMonitor:
     Call `step` once after every optimizer step, or hand it to `Supervisor.attach`. Every layer's jerk ratio is judged
     by its own past, and its poles by their confidence interval (`kalmanguard.detectors.damping`), never by the
     published thresholds, which any training exceeds. Guarantee: HEURISTIC. Cost: one sketch of the chosen parameters a
-    step, some 30 us for each result.
+    step for each result.
 
     Examples
     --------
