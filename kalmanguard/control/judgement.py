@@ -216,9 +216,9 @@ class Judge:
     def _has_lost(self, ledger: Ledger, loss: float, share: float) -> bool:
         # In its own unit: a training loss may be a sum, or scaled, where the probe's is not.
         progress = ledger.first_loss - ledger.lowest_loss
-        # The second is negated, so that a loss that is nan shows it too.
         # A loss that has never fallen out of its own noise (of a policy, of a GAN) has no progress to lose.
         noise = CREDIBLE * ledger.drift.scale.deviation
+        # The second is negated, so that a loss that is nan shows it too.
         return progress > noise and not loss - ledger.lowest_loss <= share * self._settings.give_back * progress
 
     def _weigh(self, ledger: Ledger, m: Measurement, verdict: Verdict, elapsed: int) -> tuple[Ledger, Verdict]:
