@@ -56,9 +56,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Spectrum(),
     Thermostat(),
 )
-#: Options that decide where a result goes, not what it is, and whether a value follows.
-_WHERE = {"--json": 1, "--plot": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--runs": 1}
-_WHERE = {"--json": 1, "--write": 1, "--cache": 1, "--processes": 1, "--load": 1, "--corpus": 1}
+#: Options, each with a value, that decide where a result goes or comes from, not what it is.
+_WHERE = ("--json", "--plot", "--write", "--cache", "--processes", "--load", "--corpus", "--runs")
 
 
 def main(arguments: list[str]) -> int:
@@ -121,7 +120,7 @@ def _command(arguments: list[str]) -> str:
         if name not in _WHERE:
             kept.append(argument)
         elif "=" not in argument:
-            next(rest, None)
+            next(rest, None)  # its value
     return shlex.join(["python", "-m", "benchmarks", *kept])
 
 

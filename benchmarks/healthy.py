@@ -1,4 +1,4 @@
-"""Rough but healthy runs: every alarm is a false one."""
+"""Rough but healthy runs: every alarm is a false one, unless the bare run shows harm there as well."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks.flight import Flight, give_back
 from benchmarks.guards import available, missing
 from benchmarks.markdown import number, spread, table
 from benchmarks.pool import fly_all
+from benchmarks.recovery import HARM
 
 LONG = (
     *("mlp", "mlp, batch 8", "mlp, batch 2", "mlp, SGD", "mlp, SGD momentum 0.9", "mlp, warm restarts"),
@@ -23,6 +24,9 @@ _LONG_STEPS, _SHORT_STEPS = 3_000, 400
 #: Guards that run unless others are asked for.
 USUAL = ("kalmanguard", "z-score", "ARC")
 KINDS = ("suspicion", "veto", "rollback", "halt")
+#: A rollback is no false one if the bare twin's true loss gives back more than `HARM` between so many steps before it
+#: (to the last measurement) and so many after.
+_BEFORE, _AFTER = 10, 100
 
 
 class Healthy(Benchmark):
@@ -63,25 +67,27 @@ class Healthy(Benchmark):
                 counts = [sum(run[kind] for run in runs) for kind in KINDS]
                 touched = sum(run["rates_touched"] for run in runs)
                 cells: list[object] = [recipe, f"{len(runs)} x {runs[0]['steps']:,}", *counts[:2]]
-                cells += [sum(run["clips"] for run in runs), *counts[2:], touched]
+                cells += [sum(run["clips"] for run in runs), *counts[2:], sum(run["false"] for run in runs), touched]
                 cells += [f"{sum(run['ratio'] == 1.0 for run in runs)} of {len(runs)}"]
                 cells += [spread([r["ratio"] for r in runs]), spread([r["most_given_back"] for r in runs], 2)]
                 rows.append(cells)
         parts = [
-            "Nothing is wrong in any of these runs. *Learning rate touched*: steps whose rate differed from the "
-            "bare run's; *same end*: runs whose final held-out loss is the bare run's to the last bit; *final*: "
+            "Nobody has damaged any of these runs. *False*: rollbacks and halts where the bare twin, which goes on "
+            f"undisturbed, gives back no more than {100 * HARM:.0f} % of its progress from {_BEFORE} steps before to "
+            f"{_AFTER} after, by the same definition of harm as elsewhere on this page; the others undo spikes that "
+            "the run has by itself. *Learning rate touched*: steps whose rate differed from the bare run's; *same end*: runs whose final held-out loss is the bare run's to the last bit; *final*: "
             "over the bare run's, median / worst; *given back*: largest share of the progress on examples that no "
             "guard sees, at every 10th step, median / worst run.",
             table(
                 [
                     *("kalmanguard on", "runs x steps", "suspicions", "vetoes", "clips", "rollbacks", "halts"),
-                    *("learning rate touched", "same end", "final", "given back"),
+                    *("false", "learning rate touched", "same end", "final", "given back"),
                 ],
                 rows,
             ),
             "False alarms per 1,000 steps, all runs together, with the exact 95 % interval (Clopper-Pearson):",
             table(
-                ["guard", "steps", "any event", "suspicions", "vetoes", "rollbacks and halts", "final / bare"],
+                ["guard", "steps", "any event", "suspicions", "vetoes", "rollbacks and halts", "of them false", "final / bare"],
                 [_rates(guard, result) for guard in result["guards"]],
             ),
         ]
@@ -107,6 +113,7 @@ def _judge(flight: Flight, run: Result, bare: Result) -> Result:
         **{kind: kinds.count(kind) for kind in KINDS},
         "alarmed_steps": len({event["step"] for event in run["events"]}),
         "clips": run["clips"],
+        "false": sum(not _harmed(bare, event["step"]) for event in run["events"] if event["kind"] in KINDS[2:]),
         "lost": run["lost"],
         "rates_touched": sum(one != other for one, other in rates) + len(bare["rates"]) - len(run["rates"]),
         "ratio": None if run["final"] is None else run["final"] / bare["final"],
@@ -117,6 +124,11 @@ def _judge(flight: Flight, run: Result, bare: Result) -> Result:
     }
 
 
+def _harmed(bare: Result, step: int) -> bool:
+    """Whether the run is harmed around a step when nobody touches it."""
+    return any(give_back(bare["truth"], t) > HARM for t, _ in bare["truth"] if step - _BEFORE <= t <= step + _AFTER)
+
+
 def _rates(guard: str, result: Result) -> list[object]:
     runs = [run for run in result["runs"] if run["guard"] == guard]
     steps = sum(run["steps"] for run in runs)
@@ -125,6 +137,7 @@ def _rates(guard: str, result: Result) -> list[object]:
         sum(run["suspicion"] for run in runs),
         sum(run["veto"] for run in runs),
         sum(run["rollback"] + run["halt"] for run in runs),
+        sum(run["false"] for run in runs),
     ]
     return [guard, f"{steps:,}", *(_rate(count, steps) for count in counts), spread([run["ratio"] for run in runs])]
 

@@ -17,11 +17,10 @@ from scipy.stats import binomtest
 
 from benchmarks.benchmark import Benchmark, Result
 from benchmarks.markdown import number, table
-from benchmarks.predictor_corpus import corpus, record
+from benchmarks.predictor_corpus import corpus, record_all
 from benchmarks.predictor_evaluation import BINS, evaluate, one_sample_a_run, step_cost_us
 from benchmarks.predictor_training import KINDS, RATE, Run, fit_with_threshold, folds_of, prepare, to_file
 from kalmanguard.detectors.predictor_file import DEFAULT, PredictorFile
-from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import Guarantee
 
 SEEDS = 4
@@ -53,14 +52,8 @@ class Predictor(Benchmark):
         quick = options.quick
         plants = options.plants or (["mlp"] if quick else None)
         cases = corpus(seeds=options.seeds or (1 if quick else SEEDS), plants=plants, quick=quick)
-        traces, impossible = [], 0
-        for count, case in enumerate(cases, start=1):
-            try:
-                traces.append(record(case, options.corpus))
-            except ConfigurationError:
-                impossible += 1  # such as moments where the optimizer keeps none
-            if sys.stderr.isatty():
-                print(f"\r{count} of {len(cases)} runs", end="\n" if count == len(cases) else "", file=sys.stderr)
+        traces = [trace for trace in record_all(cases, options.corpus, options.processes) if trace is not None]
+        impossible = len(cases) - len(traces)
         which = [] if options.seeds is None else ["--seeds", str(options.seeds)]
         which += [] if plants is None else ["--plants", *plants]
         prepared = [prepare(trace) for trace in traces]

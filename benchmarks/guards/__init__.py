@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.guards.clipping import Clipping, ZClip
 from benchmarks.guards.frameworks import KillLossSpike, RerunChecks, SkipStep
 from benchmarks.guards.guard import Event, Guard
-from benchmarks.guards.own import Kalmanguard, WithForensics, variants
+from benchmarks.guards.own import Kalmanguard, WithDynamics, WithForensics, variants
 from benchmarks.guards.peers import Arc, Argus, arc_version, argus_version
 from benchmarks.guards.published import AliasedProbeGate, ProbeGate, TightAliasedProbeGate, TightProbeGate
 from benchmarks.guards.zscore import LossZScore, ZScore
@@ -17,6 +17,7 @@ __all__ = ["GUARDS", "Event", "Guard", "available", "make_guard", "missing"]
 GUARDS: dict[str, type[Guard]] = {
     "none": Guard,
     "kalmanguard": Kalmanguard,
+    "kalmanguard, dynamics": WithDynamics,
     "kalmanguard, forensics": WithForensics,
     "z-score": ZScore,
     "clipping": Clipping,

@@ -77,6 +77,14 @@ class Kalmanguard(Guard):
         }
 
 
+class WithDynamics(Kalmanguard):
+    """The same with the tests of the dynamics, which are off by default."""
+
+    def __init__(self, plant: Plant) -> None:
+        dynamics = ("lyapunov", "oscillation", "period-two", "damping", "regimes")
+        super().__init__(plant, detectors=(*(name for name, on in DETECTORS.items() if on), *dynamics))
+
+
 class WithForensics(Kalmanguard):
     """The same with `Forensics` attached, at its defaults."""
 
