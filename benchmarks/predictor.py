@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import statistics
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence

@@ -131,7 +131,9 @@ def _cases(recipes: Iterable[str], seeds: Iterable[int], steps: int, guards: lis
 
 
 def _truth_steps(at: int, steps: int) -> tuple[int, ...]:
-    return (0, *range(30, at - 10, 10), *range(at - 10, min(at + 60, steps)), *range(at + 60, steps + 1, 10))
+    # At every step around the fault, where the first harm is asked for to the step; it costs as much as training.
+    near, soon = range(at - 3, at + 20), range(at + 20, min(at + 60, steps), 4)
+    return (0, *range(30, at - 3, 20), *near, *soon, *range(at + 60, steps + 1, 10))
 
 
 def _nulls(recipe: str, seed: int, steps: int) -> list[Flight]:
