@@ -75,9 +75,10 @@ class Healthy(Benchmark):
             "Nobody has damaged any of these runs. *False*: rollbacks and halts where the bare twin, which goes on "
             f"undisturbed, gives back no more than {100 * HARM:.0f} % of its progress from {_BEFORE} steps before to "
             f"{_AFTER} after, by the same definition of harm as elsewhere on this page; the others undo spikes that "
-            "the run has by itself. *Learning rate touched*: steps whose rate differed from the bare run's; *same end*: runs whose final held-out loss is the bare run's to the last bit; *final*: "
-            "over the bare run's, median / worst; *given back*: largest share of the progress on examples that no "
-            "guard sees, at every 10th step, median / worst run.",
+            "the run has by itself. *Learning rate touched*: steps whose rate differed from the bare run's; *same "
+            "end*: runs whose final held-out loss is the bare run's to the last bit; *final*: over the bare run's, "
+            "median / worst; *given back*: largest share of the progress on examples that no guard sees, at every "
+            "10th step, median / worst run.",
             table(
                 [
                     *("kalmanguard on", "runs x steps", "suspicions", "vetoes", "clips", "rollbacks", "halts"),
@@ -88,13 +89,7 @@ class Healthy(Benchmark):
             "False alarms per 1,000 steps, all runs together, with the exact 95 % interval (Clopper-Pearson):",
             table(
                 [
-                    "guard",
-                    "steps",
-                    "any event",
-                    "suspicions",
-                    "vetoes",
-                    "rollbacks and halts",
-                    "of them false",
+                    *("guard", "steps", "any event", "suspicions", "vetoes", "rollbacks and halts", "of them false"),
                     "final / bare",
                 ],
                 [_rates(guard, result) for guard in result["guards"]],
