@@ -34,7 +34,10 @@ def argus_version() -> str | None:
 
 
 class Arc(Guard):
-    """ARC's ``Controller`` with its default configuration, called after ``backward()``; ``should_skip`` is honoured."""
+    """ARC's ``Controller`` with its default configuration, called after ``backward()``; ``should_skip`` is honoured.
+
+    An exception of its own ends the run, as it would end a user's; it counts as a halt.
+    """
 
     def __init__(self, plant: Plant) -> None:
         super().__init__(plant)
@@ -44,9 +47,15 @@ class Arc(Guard):
             plant.model, plant.optimizer, scheduler=plant.scheduler, config=ControllerConfig(verbose=False)
         )
         self._clips = 0
+        self._crashed = False
 
     def admits(self, step: int, loss: Tensor) -> bool:
-        action = self._controller.step(loss)
+        try:
+            action = self._controller.step(loss)
+        except (ArithmeticError, ValueError, RuntimeError) as error:
+            self.note(step, "halt", None, f"{type(error).__name__} inside ARC: {error}")
+            self._crashed = True
+            return False
         self._clips += bool(action.gradients_clipped)
         if action.unrecoverable:
             self.note(step, "suspicion", None, "unrecoverable")
@@ -57,6 +66,9 @@ class Arc(Guard):
         elif action.status.value != "healthy":
             self.note(step, "suspicion", None, str(action.message))
         return not action.should_skip
+
+    def after(self, step: int, loss: Tensor) -> bool:
+        return not self._crashed
 
     def close(self) -> dict[str, Any]:
         self._controller.close()

@@ -171,7 +171,7 @@ def _of(result: Result, name: str, guard: str) -> list[Result]:
 
 def _own(names: list[str], result: Result) -> str:
     rows: list[list[object]] = []
-    for name, guard in itertools.product(names, ("kalmanguard", "kalmanguard, forensics")):
+    for name, guard in itertools.product(names, ("kalmanguard", "kalmanguard, dynamics", "kalmanguard, forensics")):
         bare = [one for one in result["bare"] if one["name"] == name]
         cases = _of(result, name, guard)
         if not cases:

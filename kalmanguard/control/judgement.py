@@ -14,6 +14,8 @@ from kalmanguard.estimators.probe import ProbeFilter, ProbePrediction
 from kalmanguard.records import Evidence, Guarantee, Measurement, Mode, ProbeReading
 from kalmanguard.settings import Settings
 
+#: Probes that warm-up needs at least.
+PROBES = 3
 #: Innovation of the probe, in tracked standard deviations, above which a state is not certified.
 _PROBE_GATE = 6.0
 #: Steps after the last suspicion during which nothing is certified.
@@ -329,7 +331,7 @@ class Judge:
     def end_warmup(self, ledger: Ledger, m: Measurement) -> Ledger:
         """Leave warm-up once enough was probed and something was gained, or after ten times as long."""
         settings, age = self._settings, m.step - ledger.began
-        if age < settings.warmup_steps or ledger.probes < 3 or math.isnan(ledger.start):
+        if age < settings.warmup_steps or ledger.probes < PROBES or math.isnan(ledger.start):
             return ledger
         floor = self._rule.of(ledger.best, ledger.best, ledger.standard_error).allowance
         progressed = ledger.start - ledger.best > 2.0 * floor
@@ -346,7 +348,8 @@ def _loss_of(give_back: float, envelope: Envelope) -> str:
 
 
 def _comparable(e: Estimators, probe: ProbeReading) -> bool:
-    return e.reference is not None and len(e.reference) == len(probe.losses)
+    # A log holds means alone: there is nothing to pair then.
+    return e.reference is not None and len(e.reference) == len(probe.losses) > 1
 
 
 def _beyond(y: float, prediction: ProbePrediction) -> bool:

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from kalmanguard.control.cadence import cadence
-from kalmanguard.control.judgement import Judge, Verdict
+from kalmanguard.control.judgement import PROBES, Judge, Verdict
 from kalmanguard.control.ladder import Ladder
 from kalmanguard.control.ledger import Ledger
 from kalmanguard.control.retention import SMALL_RING, Slot, to_evict
@@ -226,7 +226,7 @@ class Policy:
             slot = Slot(m.step, verdict.accepted, best, suspect=ledger.episode is not None and m.outcome is None)
             ledger = ledger._replace(slots=(*(s for s in kept if s.step not in evict), slot), last_snapshot=m.step)
         gate, clip = self._gate(ledger, m, verdict, evidence, estimators)
-        level = _level(ledger, m, verdict, evidence)
+        level = _level(ledger, m, verdict, evidence, self._settings.warmup_steps)
         action = Action.VETO if m.veto in ("nonfinite", "explosion") else Action.ACCEPT
         orders = Orders(
             snapshot=snapshot, certified=snapshot and verdict.accepted, certify=certify, evict=evict, gate=gate,
@@ -351,12 +351,14 @@ def _last_refuge(slots: tuple[Slot, ...], began: int, standard_error: float) -> 
     return (clean if clean.level <= certified[0].level + standard_error else certified[0]).step
 
 
-def _level(ledger: Ledger, m: Measurement, verdict: Verdict, evidence: tuple[Evidence, ...]) -> Level:
+def _level(ledger: Ledger, m: Measurement, verdict: Verdict, evidence: tuple[Evidence, ...], warmup: int) -> Level:
     if m.veto in ("nonfinite", "explosion"):
         return Level.CONFIRMED
     fired = any(item.fired for item in evidence)
     if not ledger.warm:
-        return Level.SUSPECT if fired and certain(m) else Level.WARMUP
+        # Without probes (a log that holds few or none) the trends alone must say when they know enough.
+        unprobed = ledger.probes < PROBES and m.step - ledger.began > warmup
+        return Level.SUSPECT if fired and (unprobed or certain(m)) else Level.WARMUP
     return Level.SUSPECT if fired or (verdict.envelope is not None and not verdict.accepted) else Level.NOMINAL
 
 

@@ -8,9 +8,11 @@ from kalmanguard.records import Evidence, FloatArray, Guarantee
 
 
 def paired_standard_error(losses: FloatArray, reference: FloatArray) -> float:
-    """Standard error of the mean of per-example differences; both of shape ``(n,)``, n >= 2."""
+    """Standard error of the mean of per-example differences, shape ``(n,)`` both; 0 for n = 1: none is known."""
     differences = (losses - reference).tolist()
     n = len(differences)
+    if n < 2:
+        return 0.0
     mean = math.fsum(differences) / n
     return math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
 
