@@ -1,0 +1,168 @@
+"""How healthy a run is now, what happened on the way, and what to try: sentences from a judgement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import NamedTuple
+
+from kalmanguard.analysis.judgement import Event, Judgement
+from kalmanguard.records import Action
+
+#: Share of the rows at the end that "now" is, and how many at least.
+_NOW_FRAC, _NOW_ROWS = 0.05, 50
+#: Episodes per 1,000 rows, at the lower confidence bound, above which a run is rough.
+_ROUGH = 2.0
+#: Standard deviations of a Poisson count that are allowed for.
+_DEVIATIONS = 2.0
+
+
+class Health(StrEnum):
+    """Of the run's end. HEALTHY: nothing is lost. WATCH: it is back, or rough. HARMED: progress is lost. DIVERGED:
+    not finite, or worse than at the start. UNKNOWN: too short to tell.
+    """
+
+    HEALTHY = "HEALTHY"
+    WATCH = "WATCH"
+    HARMED = "HARMED"
+    DIVERGED = "DIVERGED"
+    UNKNOWN = "UNKNOWN"
+
+
+class Verdict(NamedTuple):
+    """The health, why in sentences, and what to try in sentences."""
+
+    health: Health
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...]
+
+
+def verdict(judgement: Judgement) -> Verdict:
+    """Sum a judgement up.
+
+    Notes
+    -----
+    Guarantee: HEURISTIC. Harm is measured as everywhere here: the share of the progress that is lost, on held-out
+    losses where there are any, against `Settings.give_back`. What is suspected and comes to nothing is no harm.
+
+    Examples
+    --------
+    >>> from kalmanguard.analysis.judgement import judge
+    >>> from kalmanguard.records import Measurement
+    >>> falling = [2.0 + 2.0 * 0.99**n + 0.01 * (n * 7 % 5) for n in range(400)]
+    >>> verdict(judge([Measurement(step=n, loss=y) for n, y in enumerate(falling, 1)], stand_in=True)).health
+    <Health.HEALTHY: 'HEALTHY'>
+    >>> lost = [*falling, *[float("nan")] * 40]
+    >>> verdict(judge([Measurement(step=n, loss=y) for n, y in enumerate(lost, 1)], stand_in=True)).health
+    <Health.DIVERGED: 'DIVERGED'>
+    """
+    health, reasons = _health(judgement)
+    return Verdict(health, tuple(reasons), tuple(dict.fromkeys(_advice(judgement, health))))
+
+
+def _health(j: Judgement) -> tuple[Health, list[str]]:
+    if j.rows < j.settings.warmup_steps:
+        return Health.UNKNOWN, [f"{j.rows} rows are too few to tell; {j.settings.warmup_steps} are needed."]
+    if not any(j.curves.get(name) for name in ("loss", "probe", "gradient_norm")):
+        return Health.UNKNOWN, ["There is neither a loss nor a gradient norm to judge by."]
+    lost = _not_finite(j)
+    if lost is not None:
+        return Health.DIVERGED, [lost]
+    # Held-out readings may be rare, and the run's end with them.
+    g, share = j.give_back, j.settings.give_back
+    what = "held-out" if j.probes else "training"
+    if g > 1.0:
+        return Health.DIVERGED, [f"The {what} loss at the end is worse than at the start."]
+    if g > share and any("overfitting" in event.detectors for event in j.events[-20:]):
+        return Health.WATCH, [
+            f"The held-out loss has lost {100 * g:.0f} % of its progress while the training loss went on falling: "
+            "overfitting, which no rollback mends."
+        ]
+    if g > share:
+        return Health.HARMED, [
+            f"The {what} loss at the end has lost {100 * g:.0f} % of the progress that was made; "
+            f"{100 * share:.0f} % are allowed."
+        ]
+    reasons = []
+    if j.confirmed:
+        reasons.append(f"Harm was confirmed in {_count(j.confirmed, 'row')}, and the run has come back.")
+    now = max(_NOW_ROWS, int(_NOW_FRAC * j.rows))
+    began = j.recent[-min(now, len(j.recent))].step
+    latest = [event for event in j.events if event.step >= began]
+    if len(latest) > max(2, 0.05 * now):
+        reasons.append(f"{_count(len(latest), 'row')} of the last {now:,} were suspicious.")
+    if 1_000.0 * (j.episodes - _DEVIATIONS * math.sqrt(j.episodes)) / j.rows > _ROUGH:
+        reasons.append(f"It was rough: {_count(j.episodes, 'stretch', 'stretches')} of suspicion in {j.rows:,} rows.")
+    if reasons:
+        return Health.WATCH, reasons
+    quiet = (
+        "Nothing was suspicious"
+        if not j.suspected
+        else f"{_count(j.suspected, 'row')} looked suspicious, none did harm"
+    )
+    gained = "" if math.isnan(g) else f"; {100 * g:.0f} % of the progress is lost at the end" if g >= 0.005 else (
+        "; none of the progress is lost"
+    )  # fmt: skip
+    return Health.HEALTHY, [f"{quiet}{gained}."]
+
+
+def _not_finite(j: Judgement) -> str | None:
+    """A sentence when the run ends in values that are not finite; a single one that was skipped is no end."""
+    loss = j.curves.get("loss")
+    logged = [row.loss for row in j.recent[-16:] if row.loss is not None]
+    if loss is not None and loss.lost and 2 * sum(not math.isfinite(y) for y in logged) > len(logged):
+        return f"The training loss is not finite at the end; first at step {loss.lost[0]:,.0f}."
+    probe = j.curves.get("probe")
+    if probe is not None and j.probes and probe.lost and probe.lost[-1] >= (probe.steps[-1] if len(probe.steps) else 0):
+        return f"The held-out loss is not finite at the end; first at step {probe.lost[0]:,.0f}."
+    return None
+
+
+_ADVICE = {
+    "loss": "Training-loss spikes: look whether the same batches spike from another state too (hard data); if they do "
+    "not, lower the learning rate or warm it up longer.",
+    "gradient": "Gradient norms jump: clip them at a little above their usual size, lengthen the warm-up, or lower the "
+    "learning rate; Adam's second beta of 0.95 instead of 0.999 forgets a spike sooner.",
+    "gradient-gate": "Gradients that are not finite, or tenfold the largest, should be skipped, not applied.",
+    "gain": "Updates change size for the same learning rate: look at the optimizer's second moment, and at epsilon.",
+    "trajectory": "The updates break with their past: look for a change of data, schedule or optimizer.",
+    "drift": "The training loss drifts upwards: a learning rate that still rises, labels that have changed, or a data "
+    "source that got worse.",
+    "learning-rate": "The learning rate is above all that was tried before: raise it more slowly.",
+    "loss-finite": "Losses that are not finite: skip those steps; with float16 or bfloat16 look for overflow in logits "
+    "and normalisation.",
+    "probe-innovation": "The held-out loss has moved where its past did not point to.",
+    "overfitting": "The held-out loss rises while the training loss falls: stop early, regularise, or get more data.",
+    "envelope": "Progress was lost: restore a checkpoint from before, skip the batches since, and go on with a lower "
+    "learning rate; a supervisor in the loop does that by itself.",
+}  # fmt: skip
+
+
+def _advice(j: Judgement, health: Health) -> Iterator[str]:
+    counts: dict[str, int] = {}
+    for event in j.events:
+        for detector in event.detectors:
+            counts[detector] = counts.get(detector, 0) + 1
+    rollback = next((e for e in reversed(j.events) if e.proposed in (Action.ROLLBACK, Action.HALT)), None)
+    if health in (Health.HARMED, Health.DIVERGED) and rollback is not None and rollback.restore is not None:
+        yield f"Go back to a checkpoint from step {rollback.restore:,} or before."
+    if health in (Health.HEALTHY, Health.UNKNOWN):
+        if "overfitting" in counts:
+            yield _ADVICE["overfitting"]
+        if not j.probes and j.rows >= j.settings.warmup_steps:
+            yield "Log a held-out loss now and then: without one, harm can only be told from the training loss."
+        return
+    # What confirmed harm first, then what was seen most often.
+    for detector in sorted(counts, key=lambda name: (name not in ("envelope", "loss-finite"), -counts[name])):
+        if detector in _ADVICE:
+            yield _ADVICE[detector]
+
+
+def first_confirmed(j: Judgement) -> Event | None:
+    """The first row at which something would have been dropped or undone."""
+    return next((event for event in j.events if event.proposed != Action.ACCEPT), None)
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {plural or noun + 's'}"

@@ -1,0 +1,184 @@
+"""Runs judged offline. Oracles: brute force for decimated curves; the engine itself, and a real run's own journal.
+
+Rates are held against exact binomial bounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from kalmanguard import Engine, Measurement, ProbeReading, Settings, Supervisor
+from kalmanguard.analysis.decimation import Decimator
+from kalmanguard.analysis.judgement import Judge, judge
+from kalmanguard.analysis.verdict import Health, first_confirmed, verdict
+from kalmanguard.journal import JournalReader
+from kalmanguard.models import load_plant
+from kalmanguard.records import Action
+
+#: A spike as one large run had it: gradient norms and losses of six rows.
+SPIKE = list(zip((0.24, 0.95, 2.4, 15.9, 145.0, 960.0), (2.20, 2.22, 2.60, 2.24, 2.35, 5.10), strict=True))
+
+
+def healthy(seed: int, rows: int, *, noise: float = 0.03, spread: float = 0.2) -> list[Measurement]:
+    rng = np.random.default_rng(seed)
+    losses = 2.2 + 2.0 * np.exp(-np.arange(rows) / 100) + noise * rng.normal(size=rows)
+    norms = 0.24 * np.exp(spread * rng.normal(size=rows))
+    return [
+        Measurement(step=10 * n, loss=float(y), gradient_norm=float(g))
+        for n, (y, g) in enumerate(zip(losses, norms, strict=True), start=1)
+    ]
+
+
+# --- curves in bounded memory -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=1, max_size=200), st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
+def test_buckets_keep_least_greatest_and_mean(values: list[float], buckets: int) -> None:
+    decimator = Decimator(buckets)
+    for step, value in enumerate(values):
+        decimator.add(step, value)
+    curve = decimator.curve()
+    assert len(curve.steps) <= 2 * buckets
+    assert (curve.first, curve.last, curve.best, curve.count) == (values[0], values[-1], min(values), len(values))
+    starts = [*map(int, curve.steps), len(values)]
+    for index, (a, b) in enumerate(itertools.pairwise(starts)):
+        part = values[a:b]
+        assert (curve.low[index], curve.high[index]) == (min(part), max(part))
+        assert curve.mean[index] == pytest.approx(math.fsum(part) / len(part), rel=1e-9, abs=1e-9)
+
+
+def test_values_that_are_not_finite_are_listed_apart() -> None:
+    decimator = Decimator(4)
+    for step, value in enumerate([1.0, math.nan, math.inf, 2.0]):
+        decimator.add(step, value)
+    curve = decimator.curve()
+    assert (curve.lost, curve.lost_count, curve.count) == ((1, 2), 2, 2)
+    assert np.isfinite(curve.high).all()
+
+
+# --- the engine over a log --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_spike_is_flagged_at_its_second_or_third_value(seed: int) -> None:
+    rows = healthy(seed, 200)
+    rows += [
+        Measurement(step=2000 + 10 * n, loss=loss, gradient_norm=norm) for n, (norm, loss) in enumerate(SPIKE, start=1)
+    ]
+    result = judge(rows, stand_in=True)
+    flagged = [event.step for event in result.events]
+    assert flagged[0] in (2020, 2030)
+    assert "gradient" in result.events[0].detectors
+
+
+def test_false_suspicions_of_a_healthy_log_are_rare() -> None:
+    runs = [judge(healthy(seed, 1000), stand_in=True) for seed in range(12)]
+    suspected = sum(run.suspected for run in runs)
+    rows = sum(run.rows for run in runs)
+    assert suspected <= binom.ppf(0.999, rows, 1e-3)
+    assert [run.confirmed for run in runs] == [0] * 12
+    assert {verdict(run).health for run in runs} == {Health.HEALTHY}
+
+
+def test_harm_is_confirmed_from_the_training_loss_alone() -> None:
+    rows = healthy(3, 400)
+    rng = np.random.default_rng(9)
+    rows += [Measurement(step=4000 + 10 * n, loss=4.0 + 0.1 * float(rng.normal())) for n in range(1, 200)]
+    result = judge(rows, stand_in=True)
+    first = first_confirmed(result)
+    assert first is not None
+    assert first.step <= 4000 + 10 * 64
+    assert first.restore is not None
+    assert first.restore <= 4000
+    assert verdict(result).health is Health.HARMED
+    assert any("checkpoint from step" in line for line in verdict(result).advice)
+
+
+def test_what_ends_not_finite_has_diverged_and_one_skipped_loss_has_not() -> None:
+    rows = healthy(4, 300)
+    skipped = [*rows[:200], Measurement(step=rows[200].step, loss=math.nan), *rows[201:]]
+    assert verdict(judge(skipped, stand_in=True)).health in (Health.HEALTHY, Health.WATCH)
+    lost = [*rows, *(Measurement(step=3000 + 10 * n, loss=math.nan) for n in range(1, 40))]
+    found = verdict(judge(lost, stand_in=True))
+    assert found.health is Health.DIVERGED
+    assert "3,010" in found.reasons[0]
+
+
+def test_too_little_is_unknown() -> None:
+    assert verdict(judge(healthy(0, 10), stand_in=True)).health is Health.UNKNOWN
+    assert verdict(judge([])).health is Health.UNKNOWN
+    assert verdict(judge(Measurement(step=n) for n in range(1, 100))).health is Health.UNKNOWN
+
+
+def test_a_gradient_that_is_not_finite_would_have_been_dropped() -> None:
+    rows = healthy(5, 100)
+    rows[60] = Measurement(step=rows[60].step, loss=rows[60].loss, gradient_norm=math.inf)
+    result = judge(rows, stand_in=True)
+    assert result.proposals[Action.VETO] == 1
+    assert [event.step for event in result.events if event.proposed == "VETO"] == [610]
+
+
+def test_the_clock_counts_rows_whatever_the_logging_interval() -> None:
+    rows = healthy(6, 400)
+    rows[350] = Measurement(step=rows[350].step, loss=6.0)
+    dense = [Measurement(step=n, loss=m.loss, gradient_norm=m.gradient_norm) for n, m in enumerate(rows, 1)]
+    sparse, other = judge(rows, stand_in=True), judge(dense, stand_in=True)
+    assert [event.step for event in sparse.events] == [10 * event.step for event in other.events]
+
+
+def test_a_restart_goes_on_from_the_estimators_of_its_step() -> None:
+    """A run that is resumed from an earlier checkpoint repeats its losses: nothing of that is suspicious."""
+    rows = healthy(7, 600, noise=0.01)
+    again = [*rows[:500], *rows[300:]]
+    result = judge(again, stand_in=True)
+    assert result.restarts == (3010,)
+    assert (result.suspected, result.confirmed) == (0, 0)
+
+
+def test_memory_does_not_grow_with_the_log() -> None:
+    folding = Judge(Settings(mode="observe"), stand_in=True, buckets=50)
+    rng = np.random.default_rng(0)
+    for n in range(1, 20_001):
+        folding.take(Measurement(step=n, loss=2.0 + 0.01 * float(rng.normal())))
+    result = folding.result()
+    assert result.rows == 20_000
+    assert all(len(curve.steps) <= 100 for curve in result.curves.values())
+    assert len(result.recent) < 5_000
+
+
+def test_a_journal_is_judged_as_it_was_live(tmp_path: Path) -> None:
+    plant = load_plant("mlp")(seed=3, steps=120)
+    torch.manual_seed(3)
+    with Supervisor(
+        plant.model, plant.probe_loader, optimizer=plant.optimizer, settings={"mode": "observe"}, run_dir=tmp_path
+    ) as supervisor:
+        for _ in range(120):
+            supervisor.update(plant.train_step(next(plant.loader)))
+    with JournalReader(tmp_path) as reader:
+        recorded = list(reader.steps())
+        known = Settings(**reader.header["settings"])
+    result = judge((m for m, _ in recorded), known, logged_clock=True)
+    levels = [decision.level.value for _, decision in recorded]
+    assert dict(result.levels) == {level: levels.count(level) for level in set(levels)}
+
+
+def test_held_out_losses_without_examples_are_not_paired() -> None:
+    """A log has one number a reading; the spread of one number is not known, so no paired test is made of it."""
+    engine = Engine(Settings(mode="observe"))
+    state = engine.init()
+    found = []
+    for step in range(1, 60):
+        probe = ProbeReading(np.array([2.0 + 0.001 * (step % 3)]))
+        state, decision = engine.step(state, Measurement(step=step, probe=probe))
+        found += [item.detector for item in decision.evidence]
+    assert "paired-probe" not in found
