@@ -19,6 +19,10 @@ class JournalError(KalmanguardError):
     """A journal is missing, foreign, corrupted, of a newer version, or already holds a run."""
 
 
+class TrajectoryError(KalmanguardError):
+    """A recorded run cannot be read: it is missing, foreign, damaged, ambiguous, or not safe to open."""
+
+
 class SnapshotError(KalmanguardError):
     """A state could not be captured, stored or restored exactly."""
 

@@ -18,8 +18,8 @@ from scipy.stats import binom
 
 from kalmanguard import Engine, Measurement, ProbeReading, Settings, Supervisor
 from kalmanguard.analysis.decimation import Decimator
+from kalmanguard.analysis.health import Health, first_confirmed, verdict
 from kalmanguard.analysis.judgement import Judge, judge
-from kalmanguard.analysis.verdict import Health, first_confirmed, verdict
 from kalmanguard.journal import JournalReader
 from kalmanguard.models import load_plant
 from kalmanguard.records import Action

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kalmanguard.analysis.estimates import Estimate, estimates
+from kalmanguard.analysis.health import Health, Verdict, verdict
 from kalmanguard.analysis.judgement import Event, Judgement
-from kalmanguard.analysis.verdict import Health, Verdict, verdict
 from kalmanguard.records import Action
 
 if TYPE_CHECKING:

@@ -78,9 +78,9 @@ class Comparison:
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the curves on one set of axes."""
-        from kalmanguard.analysis.figures import _axes
+        from kalmanguard.analysis.figures import axes_or_new
 
-        axes = _axes(axes)
+        axes = axes_or_new(axes)
         for run in self.analyses:
             curve = run.judgement.curves[self.channel]
             axes.plot(curve.steps, curve.mean, linewidth=1.1, label=run.name)

@@ -35,7 +35,7 @@ _MARKED = 400
 
 def plot_losses(judgement: Judgement, axes: Axes | None = None) -> Axes:
     """Training loss (least to greatest of every stretch, and its mean), held-out loss, its prediction and bound."""
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     curves = judgement.curves
     loss, probe = curves.get("loss"), curves.get("probe")
     shown = [curve for curve in (loss, probe if judgement.probes else None) if curve]
@@ -68,7 +68,7 @@ def plot_losses(judgement: Judgement, axes: Axes | None = None) -> Axes:
 
 def plot_gradient(judgement: Judgement, axes: Axes | None = None) -> Axes:
     """Gradient norm, least to greatest of every stretch, on a logarithmic scale; the learning rate beside it."""
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     curve = judgement.curves.get("gradient_norm")
     if curve and curve.count:
         positive = curve.low > 0
@@ -91,7 +91,7 @@ def plot_gradient(judgement: Judgement, axes: Axes | None = None) -> Axes:
 
 def plot_innovations(judgement: Judgement, axes: Axes | None = None) -> Axes:
     """Greatest innovation of every stretch, per channel, in standard deviations, and what counts as suspicious."""
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     axes.set_yscale("log")
     for name, (label, colour, marker) in _CHANNELS.items():
         curve = judgement.curves.get(name)
@@ -114,7 +114,7 @@ def plot_innovations(judgement: Judgement, axes: Axes | None = None) -> Axes:
 
 def plot_give_back(judgement: Judgement, axes: Axes | None = None) -> Axes:
     """Share of the progress that is lost, at every held-out reading, and how much may be."""
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     curve = judgement.curves.get("give_back")
     if curve and curve.count:
         top = max(1.0, 1.2 * judgement.settings.give_back)
@@ -195,12 +195,26 @@ def sparkline(curve: Curve, *, width: int = 120, height: int = 24) -> str:
     )
 
 
-def _axes(axes: Axes | None) -> Axes:
+def axes_or_new(axes: Axes | None) -> Axes:
+    """The axes that were given, or new ones."""
     if axes is not None:
         return axes
     from matplotlib import pyplot
 
     return pyplot.figure(figsize=(9, 3), layout="constrained").add_subplot()
+
+
+def draw_series(axes: Axes, steps: Any, values: Any, label: str) -> None:
+    """A whole series as a line that restarts break; what is not finite is marked at the upper edge."""
+    steps, values = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(values)
+    x, y = steps.copy(), np.where(finite, values, np.nan)
+    back = np.flatnonzero(np.diff(steps) < 0) + 1
+    x, y = np.insert(x, back, np.nan), np.insert(y, back, np.nan)
+    (line,) = axes.plot(x, y, linewidth=1.0, label=label)
+    if not finite.all():
+        at = axes.get_xaxis_transform()
+        axes.plot(steps[~finite], [0.98] * int((~finite).sum()), "x", color=line.get_color(), transform=at)
 
 
 def _limits(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -166,7 +166,7 @@ class Judge:
     What the live tap does is done here: a gradient that is not finite, or beyond the gate that the decision before has
     set, counts as one that would have been dropped. A step that goes back is a restart: the estimators are those of the
     nearest earlier row of that step, as if that state had been restored by hand; the envelope goes on.
-    Cost: that of the engine (``python -m benchmarks cost``) and about half as much again for the curves.
+    Cost: about twice that of the engine alone (``python -m benchmarks offline``).
     """
 
     def __init__(
@@ -208,13 +208,14 @@ class Judge:
         """Fold in the next measurement, and return what the engine decides about it."""
         if self._rows == 0:
             self._first = m.step
-        elif m.step < self._last and m.outcome is None:
+        elif m.step < self._last and not self._journal:
             self._restart(m.step)
         logged = m
+        clock = self._clock.tick(m.step)
         if not self._journal:
-            m = replace(self._stood_in(_gated(m, self._orders)), step=self._clock.tick(m.step))
-        else:
-            self._clock.tick(m.step)
+            m = self._stood_in(_gated(m, self._orders))
+            if m.step != clock:
+                m = replace(m, step=clock)
         self._clock.note(logged.step)
         foresight = self._engine.observe(self._state, m)
         self._unseen += foresight.wants_probe and m.probe is None
@@ -258,8 +259,6 @@ class Judge:
 
     def _restart(self, step: int) -> None:
         self._restarts.append(step)
-        if self._journal:
-            return
         earlier = [(clock, e) for logged, clock, e in self._history if logged < step]
         self._history = [item for item in self._history if item[0] < step]
         clock, estimators = earlier[-1] if earlier else (0, Estimators())

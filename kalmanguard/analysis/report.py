@@ -9,7 +9,7 @@ from typing import Any
 
 from kalmanguard.analysis.analysis import Analyses, Analysis
 from kalmanguard.analysis.figures import draw, sparkline, svg
-from kalmanguard.analysis.verdict import Health
+from kalmanguard.analysis.health import Health
 from kalmanguard.errors import ConfigurationError
 
 #: Runs that are shown in full; of more, the ones in the worst state.

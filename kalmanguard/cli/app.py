@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from kalmanguard.cli.analyze import analyze
 from kalmanguard.cli.calibrate import calibrate
+from kalmanguard.cli.compare import compare
 from kalmanguard.cli.demo import demo
 from kalmanguard.cli.replay import replay
 from kalmanguard.cli.run import run
@@ -43,5 +45,5 @@ def top(
     """
 
 
-for command in (demo, run, show, verify, replay, calibrate):
+for command in (demo, run, show, verify, replay, analyze, compare, calibrate):
     app.command(cls=Command)(command)
