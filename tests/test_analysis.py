@@ -89,7 +89,7 @@ def test_runs_are_put_in_order_of_their_state() -> None:
         analyze(Trajectory.from_arrays(loss=loss, name=name), estimate=False)
         for name, loss in (("fine", course()), ("lost", course(at=500, by=1.0, lasting=300)), ("short", course(rows=9)))
     ]
-    assert [one.name for one in in_order(runs).runs] == ["lost", "short", "fine"]
+    assert [one.name for one in in_order(runs).runs] == ["lost", "fine", "short"]
     assert in_order(runs).health is Health.HARMED
 
 

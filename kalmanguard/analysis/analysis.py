@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: Steps between two events of one kind from which on they are told apart, as a share of the run, and at least.
 _APART_FRAC, _APART = 0.005, 20
 #: How bad a health is, for putting runs in order.
-SEVERITY = {Health.DIVERGED: 4, Health.HARMED: 3, Health.WATCH: 2, Health.UNKNOWN: 1, Health.HEALTHY: 0}
+SEVERITY = {Health.DIVERGED: 3, Health.HARMED: 2, Health.WATCH: 1, Health.HEALTHY: 0, Health.UNKNOWN: -1}
 
 
 class Incident(NamedTuple):

@@ -10,7 +10,7 @@ from kalmanguard.errors import TrajectoryError
 
 #: Names of the channels that the engine reads.
 CHANNELS = ("loss", "probe", "learning_rate", "gradient_norm", "buffer_norm")
-#: Names by meaning, in groups of equal rank, the best first. Compared in lower case with ``_`` between words.
+#: Names by meaning, in groups of equal rank, the best first; compared by `squashed`.
 NAMES: Mapping[str, Sequence[frozenset[str]]] = {
     "step": (
         frozenset(("step", "global_step", "trainer_global_step", "train_global_step")),
@@ -55,14 +55,13 @@ class Meaning(NamedTuple):
     notes: tuple[str, ...]
 
 
-def plain(name: str) -> str:
-    """Lower case, one ``_`` between words.
+def squashed(name: str) -> str:
+    """Letters and digits alone, in lower case: separators mean nothing.
 
-    >>> plain("Train/Grad-Norm"), plain("trainLoss")
-    ('train_grad_norm', 'train_loss')
+    >>> squashed("Train/Grad-Norm"), squashed("trainLoss"), squashed("lr-AdamW")
+    ('traingradnorm', 'trainloss', 'lradamw')
     """
-    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    return re.sub(r"[^0-9a-z]+", "_", split.lower()).strip("_")
+    return re.sub(r"[^0-9a-z]+", "", name.lower())
 
 
 def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, words: Iterable[str] = ()) -> Meaning:
@@ -116,6 +115,13 @@ def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, word
         chosen[channel] = found[0]
         if found[0] != channel:
             notes.append(f"Column {found[0]!r} is taken to be the {channel.replace('_', ' ')}.")
+    for channel in CHANNELS:
+        odd = None if channel in chosen else _best(texts, NAMES[channel], taken=())
+        if odd is not None:
+            raise TrajectoryError(
+                f"Column {odd[0]!r} should be the {channel.replace('_', ' ')} and holds words: write numbers with a "
+                "point, and nothing or null where there is none; or say which column it is."
+            )
     step, run = chosen.pop("step", None), chosen.pop("run", None)
     if step is None:
         notes.append("No column counts the steps: rows are taken to be steps from 1.")
@@ -131,7 +137,8 @@ def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, word
 def _best(names: Sequence[str], groups: Sequence[frozenset[str]], *, taken: Iterable[str]) -> list[str] | None:
     used = set(taken)
     for group in groups:
-        found = [name for name in names if plain(name) in group and name not in used]
+        wanted = {squashed(name) for name in group}
+        found = [name for name in names if squashed(name) in wanted and name not in used]
         if found:
             return found
     return None

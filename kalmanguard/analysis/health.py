@@ -10,6 +10,8 @@ from typing import NamedTuple
 from kalmanguard.analysis.judgement import Event, Judgement
 from kalmanguard.records import Action
 
+#: Held-out losses that show how much of the progress is lost, however few rows there are.
+_FEW_PROBES = 8
 #: Share of the rows at the end that "now" is, and how many at least.
 _NOW_FRAC, _NOW_ROWS = 0.05, 50
 #: Episodes per 1,000 rows, at the lower confidence bound, above which a run is rough.
@@ -62,8 +64,10 @@ def verdict(judgement: Judgement) -> Verdict:
 
 
 def _health(j: Judgement) -> tuple[Health, list[str]]:
-    if j.rows < j.settings.warmup_steps:
-        return Health.UNKNOWN, [f"{j.rows} rows are too few to tell; {j.settings.warmup_steps} are needed."]
+    if j.rows < j.settings.warmup_steps and j.probes < _FEW_PROBES:
+        return Health.UNKNOWN, [
+            f"{j.rows} rows are too few to tell; {j.settings.warmup_steps} are needed, or {_FEW_PROBES} held-out losses."
+        ]
     if not any(j.curves.get(name) for name in ("loss", "probe", "gradient_norm")):
         return Health.UNKNOWN, ["There is neither a loss nor a gradient norm to judge by."]
     lost = _not_finite(j)

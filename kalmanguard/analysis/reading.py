@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kalmanguard.analysis.assembly import Assembled, Channel, Part, assemble, merged, whole_steps
-from kalmanguard.analysis.columns import Meaning, assign, plain
+from kalmanguard.analysis.columns import Meaning, assign, squashed
 from kalmanguard.analysis.formats.opening import parts
 from kalmanguard.analysis.tables import Chunk, IntArray, Reader
 from kalmanguard.errors import TrajectoryError
@@ -51,11 +51,11 @@ def read_runs(path: Path, columns: Mapping[str, str] | None) -> dict[str, Run]:
     runs = {}
     for run, found in streams.items():
         rows = found[0] if len(found) == 1 else merged(found)
-        if len(rows.steps) == 0:
+        if not rows.channels:
             continue
         runs[run] = Run(run, formats[run], rows, tuple(dict.fromkeys([*notes[run], *rows.notes, *_seen(rows)])))
     if not runs:
-        raise TrajectoryError(f"{path} holds no rows of numbers.")
+        raise TrajectoryError(f"{path} holds no column of numbers besides the steps.")
     return runs
 
 
@@ -109,7 +109,7 @@ def _meaning(reader: Reader, known: set[str], chunk: Chunk, columns: Mapping[str
     wide = _wide(known)
     if wide:
         # A tracker's export: one column for each run and metric.
-        step = next((n for n in sorted(known) if plain(n) in ("step", "global_step", "trainer_global_step")), None)
+        step = next((n for n in sorted(known) if squashed(n) in ("step", "globalstep", "trainerglobalstep")), None)
         return Meaning(
             step, None, {n: n for n in known if n != step}, ("One column for each run: an export of a tracker.",)
         )

@@ -32,7 +32,10 @@ class DelimitedReader:
         while first.startswith("#"):
             first = next(text, "")
         delimiter = max(_DELIMITERS, key=first.count)
-        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        try:
+            names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        except csv.Error as error:
+            raise TrajectoryError(f"{self._path} is no CSV file: {error}.") from None
         self._check(names)
         if delimiter == "\t":
             self.format = "TSV"

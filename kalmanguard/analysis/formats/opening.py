@@ -103,6 +103,8 @@ def parts(path: Path) -> list[tuple[str, Reader]]:
 
 def run_name(path: Path) -> str:
     """A file's name without its suffixes."""
+    if is_event_file(path):
+        return path.resolve().parent.name
     name = path.name
     for suffix in (*_COMPRESSED, *_LOGS):
         name = name.removesuffix(suffix)

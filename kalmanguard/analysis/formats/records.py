@@ -90,7 +90,10 @@ class RecordsReader:
                 data = _rows_of(data, self._path)
         if not isinstance(data, list):
             raise TrajectoryError(f"{self._path} holds a {type(data).__name__}: a list of records is needed.")
-        return (flat(item, f"record {number:,}") for number, item in enumerate(data, start=1))
+        try:
+            yield from [flat(item, f"record {number:,}") for number, item in enumerate(data, start=1)]
+        except ValueError as error:
+            raise TrajectoryError(f"{self._path}: {error}.") from None
 
 
 def flat(item: object, where: str) -> dict[str, Any]:

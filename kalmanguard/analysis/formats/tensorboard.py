@@ -86,14 +86,14 @@ def _intact_bytes(path: Path) -> str | None:
     size = path.stat().st_size
     if size < 16:
         raise TrajectoryError(f"{path} has {size} bytes: it is no TensorBoard event file.")
+    at = 0
     with open(path, "rb") as file:
-        at = 0
-        while at + 12 <= size:
+        while at + 16 <= size:
             (length,) = struct.unpack("<Q", file.read(12)[:8])
             if at + 16 + length > size:
-                if at == 0:
-                    raise TrajectoryError(f"{path} is no TensorBoard event file: its first record is cut short.")
-                return f"The file is cut short after {at:,} of its {size:,} bytes; what comes before was read."
+                break
             at += 16 + length
             file.seek(at)
-    return None
+    if at == 0:
+        raise TrajectoryError(f"{path} is no TensorBoard event file: its first record is cut short.")
+    return None if at == size else f"The file is cut short after {at:,} of its {size:,} bytes; the rest was left out."
