@@ -40,18 +40,18 @@ def cases(*, seeds: int, quick: bool = False) -> list[Case]:
             *_spacings(2),
             *_oscillators((0.2,), (256,), seeds=5),
             *_raised("mlp, SGD", both),
-            EdgeCase(recipe="gradient descent", seed=REPORTED, steps=320),
+            EdgeCase(recipe="gradient descent at 0.2", seed=REPORTED, steps=320),
         ]
     everything: list[Case] = _linear(
         seeds=(*DESIGN, *reported), momenta=MOMENTA, spectra=tuple(SPECTRA), noises=tuple(NOISES), steps=2_048
     )
     everything += _spacings(40)
     everything += _oscillators((0.05, 0.2, 0.5), (256, 1_024), seeds=40)
+    everything += [EdgeCase(recipe=recipe, seed=seed, steps=640) for recipe in EDGES for seed in reported[:3]]
     for recipe in RECIPES:
         # The transformer takes as long as all others together.
         slow = recipe.startswith("chartransformer")
-        everything += _raised(recipe, (*DESIGN[:2], *reported[:4]) if slow else (*DESIGN, *reported))
-    everything += [EdgeCase(recipe=recipe, seed=seed, steps=800) for recipe in EDGES for seed in reported[:5]]
+        everything += _raised(recipe, (*DESIGN[:2], *reported[:3]) if slow else (*DESIGN, *reported))
     return everything
 
 
@@ -80,16 +80,21 @@ def sweep(
     if processes < 1:
         raise ConfigurationError(f"processes = {processes}: at least one is needed.")
     folder.mkdir(parents=True, exist_ok=True)
-    file, sources = folder / FILE_NAME, _sources()
+    file = folder / FILE_NAME
+    sources = {kind: _sources(kind) for kind in {type(case) for case in wanted}}
     by_name = {repr(case): case for case in wanted}
-    found = {by_name[name]: result for name, result in _kept(file, sources) if name in by_name}
+    found = {
+        by_name[name]: result
+        for name, made_with, result in _kept(file)
+        if name in by_name and made_with == sources[type(by_name[name])]
+    }
     todo = [case for case in by_name.values() if case not in found]
     progress(len(found), len(by_name))
     if todo:
         with _one_thread(), multiprocessing.get_context("spawn").Pool(processes) as pool, file.open("a") as kept:
             for case, result in pool.imap_unordered(_run, todo):
                 found[case] = result
-                kept.write(json.dumps([repr(case), sources, result]) + "\n")
+                kept.write(json.dumps([repr(case), sources[type(case)], result]) + "\n")
                 kept.flush()
                 progress(len(found), len(by_name))
     return found
@@ -124,22 +129,22 @@ def _run(case: Case) -> tuple[Case, Result]:
     return case, case.run()
 
 
-def _kept(file: Path, sources: str) -> Iterator[tuple[str, Result]]:
+def _kept(file: Path) -> Iterator[tuple[str, str, Result]]:
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             name, made_with, result = json.loads(line)
         except ValueError:
             continue  # the last line of a sweep that was killed while writing
-        if made_with == sources:
-            yield name, result
+        yield name, made_with, result
 
 
-def _sources() -> str:
-    """Digest of the sources that results depend on."""
+def _sources(kind: type) -> str:
+    """Digest of the sources that results of this kind of case depend on."""
     here = Path(__file__).parent
     package = here.parent.parent
     used = [
-        *(here / f"{name}.py" for name in ("cases", "detectors", "estimators", "linear", "plants")),
+        *(here / f"{name}.py" for name in ("cases", "detectors", "estimators", "linear")),
+        here / f"{kind.__module__.rpartition('.')[2]}.py",
         *(package / "detectors" / f"{name}.py" for name in ("damping", "oscillation")),
         *(package / "estimators" / f"{name}.py" for name in ("autocovariance", "noise")),
     ]

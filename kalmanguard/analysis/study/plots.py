@@ -125,9 +125,10 @@ def _panels(figure: Figure, count: int) -> list[Axes]:
 
 def _curves(axes: Axes, rows: Sequence[Row], of: Callable[[Row], float]) -> None:
     for family, (colour, marker) in _LOOKS.items():
-        points = sorted(
+        # In the order of their thresholds.
+        points = [
             (max(row["per_1000"], _RAREST), of(row)) for row in rows if row["family"] == family and "per_1000" in row
-        )
+        ]
         points = [(x, y) for x, y in points if not math.isnan(y)]
         if points:
             look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.1, "alpha": 0.85}

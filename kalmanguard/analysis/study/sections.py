@@ -17,7 +17,8 @@ Rows = Mapping[str, Sequence[Row]]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *map(list, rows)]
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---", *["--:"] * (len(head) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -140,7 +141,7 @@ def _spacings(rows: Rows) -> str:
         "cosine",
         "|z| a step",
         "ζ",
-        "lower bound of |z| ≥ 1",
+        "low |z| ≥ 1",
     ]
     return _table(head, lines)
 
