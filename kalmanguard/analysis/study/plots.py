@@ -110,7 +110,7 @@ def edge(figure: Figure, rows: Sequence[Row]) -> None:
             axes.axhline(level, color="#444444", linewidth=1, linestyle=(0, (5, 3)))
             if column == 0:
                 axes.set_ylabel(name)
-        panels[1, column].set_ylim(0.5, 1.3)
+        panels[1, column].set_ylim(0.85, 1.05)
         panels[0, column].set_title(recipe)
         panels[-1, column].set_xlabel("step")
 
@@ -125,9 +125,11 @@ def _panels(figure: Figure, count: int) -> list[Axes]:
 
 def _curves(axes: Axes, rows: Sequence[Row], of: Callable[[Row], float]) -> None:
     for family, (colour, marker) in _LOOKS.items():
-        # In the order of their thresholds.
+        # In the order of their thresholds; where most runs were alarmed before anything happened, a delay says nothing.
         points = [
-            (max(row["per_1000"], _RAREST), of(row)) for row in rows if row["family"] == family and "per_1000" in row
+            (max(row["per_1000"], _RAREST), of(row))
+            for row in rows
+            if row["family"] == family and "per_1000" in row and 2 * row["early"] <= row["unstable"]
         ]
         points = [(x, y) for x, y in points if not math.isnan(y)]
         if points:
