@@ -379,7 +379,7 @@ def test_all_cases_are_different_and_seeds_are_chosen_or_reported_never_both() -
 def test_the_command_writes_data_figures_and_the_tables_of_a_page(tmp_path: Path) -> None:
     runner = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
     page = tmp_path / "damping.md"
-    markers = [f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in SECTIONS]
+    markers = [f"<!-- {name} -->\nstale\n<!-- /{name} -->\n" for name in SECTIONS]
     page.write_text("before\n" + "\n".join(markers) + "after\n")
     out = tmp_path / "out"
     called = ["study", "damping", "--quick", "--out", str(out), "--processes", "2", "--write", str(page), "--json"]
@@ -392,7 +392,7 @@ def test_the_command_writes_data_figures_and_the_tables_of_a_page(tmp_path: Path
     text = page.read_text()
     assert text.startswith("before")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert text.count("| --- |") == len(SECTIONS)
     assert (page.with_suffix("") / "curves-linear.png").read_bytes().startswith(b"\x89PNG")
     again = runner.invoke(app, [*called[:5], "--seeds", "3", "--write", str(tmp_path / "none.md")])

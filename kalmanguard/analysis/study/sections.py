@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kalmanguard.analysis.study import tables
+from kalmanguard.analysis.study.curves import binomial_share
 from kalmanguard.analysis.study.detectors import FAMILIES, RULES
 from kalmanguard.analysis.study.tables import AT_EDGE, BELOW_EDGE, Row
 from kalmanguard.detectors.damping import DRIFT, SNAP
@@ -55,15 +56,17 @@ def _rules_plants(rows: Rows) -> str:
     """The same thresholds on trained networks."""
     found = {(row["group"], row["rule"]): row for row in rows["rules-plants"]}
     groups = list(dict.fromkeys(group for group, _ in found))
+    creeping = [run for run in rows["runs-plants"] if run["creeps"] and run["harm"] is not None]
     lines = []
     for rule in RULES:
         every = found["all", rule.name]
         shares = [_percent(found[group, rule.name]["condemned"]) for group in groups[1:]]
-        in_time = f"{every['in_time']} of {every['unstable']}"
         spared = f"{every['spared_alarmed']} of {every['spared']}"
-        lines.append([rule.name, *shares, _rate(every), f"{every['early']}", in_time, f"{every['seen']}", spared])
-    head = ["alarm when", *groups[1:], "false alarms / 1,000 steps", "early", "in time", "ever", "spared, alarmed"]
-    return _table(head, lines)
+        in_time = sum(run["change"] < (run[rule.name] or math.inf) <= run["harm"] for run in creeping)
+        slowly = f"{in_time} of {len(creeping)}"
+        lines.append([rule.name, *shares, _rate(every), *_seen(every), slowly, spared])
+    head = ["alarm when", *groups[1:], "false alarms / 1,000 steps"]
+    return _table([*head, *_SEEN, "creeping, in time", "spared, alarmed"], lines)
 
 
 def _matched(name: str, rows: Rows) -> str:
@@ -161,7 +164,9 @@ def _rate(row: Mapping[str, Any]) -> str:
 
 def _seen(row: Mapping[str, Any]) -> list[str]:
     delay = "never" if math.isinf(row["delay"]) else "–" if math.isnan(row["delay"]) else f"{row['delay']:g}"
-    return [f"{row['early']}", f"{row['seen']} of {row['unstable']}", f"{row['in_time']}", delay]
+    share = binomial_share(row["seen"], row["unstable"])
+    seen = f"{share.hits} of {share.of} ({100 * share.low:.0f} to {100 * share.high:.0f} %)"
+    return [f"{row['early']}", seen, f"{row['in_time']}", delay]
 
 
 def _percent(share: float) -> str:
