@@ -27,6 +27,7 @@ def rows_of(results: Results) -> dict[str, list[Row]]:
         "curves-plants": tables.curves(plants),
         "rules-linear": tables.rules(linear),
         "rules-plants": tables.rules(plants),
+        "details-linear": tables.rules(tables.detail_groups(results)),
         "matched-linear": tables.matched(linear, per_1000=tables.LINEAR_RATE),
         "matched-plants": tables.matched(plants, per_1000=tables.PLANT_RATE),
         "runs-plants": tables.runs(results),

@@ -52,6 +52,16 @@ def _rules_linear(rows: Rows) -> str:
     return _table([*head, *_SEEN], lines)
 
 
+def _details_linear(rows: Rows) -> str:
+    """Where the lower bound fails: windows condemned by spectrum and momentum, runs missed by scenario."""
+    lines = []
+    for row in rows["details-linear"]:
+        if row["rule"] == _LOWER:
+            seen = f"{row['seen']} of {row['unstable']}" if row["unstable"] else "–"
+            lines.append([row["group"], _percent(row["condemned"]), seen])
+    return _table(["systems", "stable windows condemned", "unstable runs seen"], lines)
+
+
 def _rules_plants(rows: Rows) -> str:
     """The same thresholds on trained networks."""
     found = {(row["group"], row["rule"]): row for row in rows["rules-plants"]}
@@ -150,8 +160,9 @@ def _spacings(rows: Rows) -> str:
 
 
 _SEEN = ("early", "seen", "in time", "median delay")
+_LOWER = "lower bound of |z| ≥ 1"
 _AT_EDGE = {
-    "jerk ratio > 1.414", "upper bound of |z| ≥ 1", "estimate of |z| ≥ 1", "lower bound of |z| ≥ 1",
+    "jerk ratio > 1.414", "upper bound of |z| ≥ 1", "estimate of |z| ≥ 1", _LOWER,
     "estimate of ζ < 0.05", "mean cosine < -0.5",
 }  # fmt: skip
 
@@ -177,6 +188,7 @@ def _percent(share: float) -> str:
 SECTIONS: dict[str, Callable[[Rows], str]] = {
     "ratio": _ratio,
     "rules-linear": _rules_linear,
+    "details-linear": _details_linear,
     "matched-linear": lambda rows: _matched("matched-linear", rows),
     "harm-plants": _harm,
     "rules-plants": _rules_plants,

@@ -65,6 +65,16 @@ def linear_groups(results: Results) -> list[Group]:
     return [Group("all", list(runs)), *(group for group in found if group.stable())]
 
 
+def detail_groups(results: Results) -> list[Group]:
+    """Linear runs by spectrum and momentum, and by scenario."""
+    runs = [(case, run) for case, run in results.items() if isinstance(case, LinearCase)]
+    names = [(f"{case.spectrum}, momentum {case.momentum:g}", case.scenario) for case, _ in runs]
+    return [
+        Group(name, [pair for pair, both in zip(runs, names, strict=True) if name in both])
+        for name in sorted({name for both in names for name in both})
+    ]
+
+
 def plant_groups(results: Results) -> list[Group]:
     """All trained networks, then those of each recipe."""
     runs = [(case, run) for case, run in results.items() if isinstance(case, PlantCase)]
