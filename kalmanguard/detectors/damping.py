@@ -41,7 +41,7 @@ class Damping(NamedTuple):
         Jerk over acceleration, root mean squares, with its interval.
     raw_status
         What the published thresholds on ``ratio`` say. Velocities without memory give 1.73 and momentum of 0.9 gives
-        1.45, so they call any training critical; kept for comparison.
+        1.45, so they call most training critical (`docs/research/damping.md`); kept for comparison.
     modulus
         Modulus of the largest pole, per step.
     damping_ratio, natural_frequency

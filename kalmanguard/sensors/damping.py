@@ -43,7 +43,7 @@ class DampingMonitor:
     -----
     Call `step` once after every optimizer step, or hand it to `Supervisor.attach`. Every layer's jerk ratio is judged
     by its own past, and its poles by their confidence interval (`kalmanguard.detectors.damping`), never by the
-    published thresholds, which any training exceeds. Guarantee: HEURISTIC. Cost: one sketch of the chosen parameters a
+    published thresholds, which most training exceeds. Guarantee: HEURISTIC. Cost: one sketch of the chosen parameters a
     step for each result.
 
     Examples
