@@ -1,0 +1,1 @@
+"""Offline: trajectories read, smoothed, identified, judged again."""
