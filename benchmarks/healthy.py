@@ -87,7 +87,16 @@ class Healthy(Benchmark):
             ),
             "False alarms per 1,000 steps, all runs together, with the exact 95 % interval (Clopper-Pearson):",
             table(
-                ["guard", "steps", "any event", "suspicions", "vetoes", "rollbacks and halts", "of them false", "final / bare"],
+                [
+                    "guard",
+                    "steps",
+                    "any event",
+                    "suspicions",
+                    "vetoes",
+                    "rollbacks and halts",
+                    "of them false",
+                    "final / bare",
+                ],
                 [_rates(guard, result) for guard in result["guards"]],
             ),
         ]

@@ -116,8 +116,8 @@ def smooth(steps: ArrayLike, values: ArrayLike, noise: Noise) -> Smoothed:
 
     References
     ----------
-    Durbin, Koopman, "Time Series Analysis by State Space Methods", 2nd ed. 2012, equations 4.44 (smoother) and section
-    5.7 (augmented filter); de Jong, Annals of Statistics 19 (1991).
+    Durbin, Koopman, "Time Series Analysis by State Space Methods", 2nd ed. 2012, sections 4.4 (smoother) and 5.7
+    (augmented filter); de Jong, Annals of Statistics 19 (1991).
 
     Examples
     --------
