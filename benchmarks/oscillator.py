@@ -65,9 +65,9 @@ class OscillatorBenchmark(Benchmark):
         peers_ = [[f"{p['damping']:g}", *(number(p[name]) for name in _METHODS)] for p in result["peers"]]
         nothing = [[n["name"], f"{100 * n['identified']:.1f} %"] for n in result["none"]]
         return "\n\n".join([
-            f"{result['runs']} simulated series each, of an autoregression with the poles of zeta and omega_n that white "
-            "noise drives, and white measurement noise; the signal-to-noise ratio is the power of the process over the "
-            "variance of the noise. *Error*: median of its absolute value; *share*: that over 0.6745 times the "
+            f"{result['runs']} simulated series each, of an autoregression with the poles of zeta and omega_n that "
+            "white noise drives, and white measurement noise; the signal-to-noise ratio is the power of the process over "
+            "the variance of the noise. *Error*: median of its absolute value; *share*: that over 0.6745 times the "
             "Cramer-Rao bound, what a normal estimate at the bound would have. *Covered*: by the 95 % interval. Where "
             "no oscillation is identified there is neither error nor interval.",
             table(

@@ -69,7 +69,7 @@ def step_noise(noise: Noise, gap: float) -> Covariance:
 
 
 def forward(data: Series, noise: Noise) -> Pass:
-    """Filter; cost about 15 us a row."""
+    """Filter, in one pass."""
     n, m = len(data.steps), 1 + noise.unknowns
     gaps = np.diff(data.steps, prepend=data.steps[0]).astype(np.float64)
     first = int(data.seen.argmax())
@@ -113,7 +113,7 @@ def predictions(passed: Pass) -> tuple[FloatArray, FloatArray]:
 
 
 def backward(passed: Pass) -> tuple[FloatArray, FloatArray]:
-    """Smoothed means ``(n, 2)`` and covariances ``(n, 2, 2)`` given all rows; cost about 15 us a row.
+    """Smoothed means ``(n, 2)`` and covariances ``(n, 2, 2)`` given all rows.
 
     ``r_{t-1} = H' v_t / F_t + L_t' r_t`` and ``N_{t-1} = H' H / F_t + L_t' N_t L_t``; then ``x_t + P_t r_{t-1}`` and
     ``P_t - P_t N_{t-1} P_t``. It is the Rauch-Tung-Striebel smoother without its inverse, which a slope without noise

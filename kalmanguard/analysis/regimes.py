@@ -86,7 +86,7 @@ def regimes(steps: ArrayLike, values: ArrayLike) -> Regimes:
     -----
     Guarantee: HEURISTIC. The filter's constants are a choice, and Kim's smoother takes what is known about the chain at
     step t as all that step t+1 says about it, which mixing regimes makes an approximation. It is exact for the chain
-    alone. Cost: that of the filter, some 100 us a step.
+    alone. Cost: that of the filter, and a pass back.
 
     References
     ----------

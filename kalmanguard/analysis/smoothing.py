@@ -112,7 +112,7 @@ def smooth(steps: ArrayLike, values: ArrayLike, noise: Noise) -> Smoothed:
     bands are too narrow and the level lags (`kalmanguard.analysis.consistency` tells). The start is diffuse, exactly:
     the filter runs from an unknown level and slope in which everything is linear, and they are solved for by
     generalised least squares. Estimates are best linear, and bands EXACT for Gaussian noise of known variances;
-    variances that were fitted to the same series make the bands a little narrow. Cost: about 25 us a row.
+    variances that were fitted to the same series make the bands a little narrow. Cost: two passes over the rows.
 
     References
     ----------
