@@ -22,6 +22,7 @@ from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
 from benchmarks.markdown import insert
 from benchmarks.organic.benchmark import Organic
+from benchmarks.oscillator import OscillatorBenchmark as Oscillator
 from benchmarks.persistent import Persistent
 from benchmarks.plot import PLOTTED, plot
 from benchmarks.predictor import Predictor
@@ -55,6 +56,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     ForensicsHealthy(),
     Spectrum(),
     Thermostat(),
+    Oscillator(),
 )
 #: Options, each with a value, that decide where a result goes or comes from, not what it is.
 _WHERE = ("--json", "--plot", "--write", "--cache", "--processes", "--load", "--corpus", "--runs")

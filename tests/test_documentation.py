@@ -38,7 +38,7 @@ def test_the_page_on_diagnostics_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "landscape.png").exists()
 
 
-@pytest.mark.parametrize("page", ["calibration", "dynamics", "forensics", "plants", "predictor", "spectrum"])
+@pytest.mark.parametrize("page", ["calibration", "dynamics", "estimation", "forensics", "plants", "predictor", "spectrum"])
 def test_every_block_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}

@@ -1,0 +1,29 @@
+"""Axes to draw on: the caller's, or those of a new figure that no window and no global state belongs to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Okabe and Ito's palette, which people with any colour vision can tell apart.
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+def axes_or_new(axes: Axes | None) -> Axes:
+    """Return the axes given, or new ones; ``axes.figure.savefig(path)`` writes them.
+
+    Examples
+    --------
+    >>> axes_or_new(None).lines
+    <Axes.ArtistList of 0 lines>
+    """
+    if axes is not None:
+        return axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
