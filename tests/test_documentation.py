@@ -9,6 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+#: Pages of which every block runs.
+RUNNABLE = (
+    *("calibration", "dynamics", "estimation", "forensics", "offline", "plants", "predictor", "spectrum"),
+    "trajectories",
+)
 
 
 def blocks(page: str) -> list[str]:
@@ -38,7 +43,7 @@ def test_the_page_on_diagnostics_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "landscape.png").exists()
 
 
-@pytest.mark.parametrize("page", ["calibration", "dynamics", "estimation", "forensics", "plants", "predictor", "spectrum"])
+@pytest.mark.parametrize("page", RUNNABLE)
 def test_every_block_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kalmanguard.analysis.analysis import Analysis
+from kalmanguard.analysis.drawing import axes_or_new
 from kalmanguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -78,8 +79,6 @@ class Comparison:
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the curves on one set of axes."""
-        from kalmanguard.analysis.figures import axes_or_new
-
         axes = axes_or_new(axes)
         for run in self.analyses:
             curve = run.judgement.curves[self.channel]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kalmanguard.analysis.decimation import Curve
+from kalmanguard.analysis.drawing import axes_or_new
 from kalmanguard.analysis.judgement import Event, Judgement
 from kalmanguard.records import Action
 
@@ -193,15 +194,6 @@ def sparkline(curve: Curve, *, width: int = 120, height: int = 24) -> str:
         f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="course of the '
         f'loss"><polyline points="{points}" fill="none" stroke="{BLUE}" stroke-width="1.2"/></svg>'
     )
-
-
-def axes_or_new(axes: Axes | None) -> Axes:
-    """The axes that were given, or new ones."""
-    if axes is not None:
-        return axes
-    from matplotlib import pyplot
-
-    return pyplot.figure(figsize=(9, 3), layout="constrained").add_subplot()
 
 
 def draw_series(axes: Axes, steps: Any, values: Any, label: str) -> None:

@@ -66,7 +66,7 @@ def verdict(judgement: Judgement) -> Verdict:
 def _health(j: Judgement) -> tuple[Health, list[str]]:
     if j.rows < j.settings.warmup_steps and j.probes < _FEW_PROBES:
         return Health.UNKNOWN, [
-            f"{j.rows} rows are too few to tell; {j.settings.warmup_steps} are needed, or {_FEW_PROBES} held-out losses."
+            f"{j.rows} rows are too few to tell: it takes {j.settings.warmup_steps}, or {_FEW_PROBES} held-out ones."
         ]
     if not any(j.curves.get(name) for name in ("loss", "probe", "gradient_norm")):
         return Health.UNKNOWN, ["There is neither a loss nor a gradient norm to judge by."]

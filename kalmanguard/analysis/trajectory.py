@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from kalmanguard.analysis.assembly import Assembled, Channel, Part, assemble, merged
 from kalmanguard.analysis.columns import CHANNELS
+from kalmanguard.analysis.drawing import axes_or_new
 from kalmanguard.analysis.formats.records import VELOCITY
 from kalmanguard.analysis.judgement import Judge, Judgement, judge
 from kalmanguard.analysis.reading import Block, Run, read_blocks, read_runs
@@ -246,7 +247,7 @@ class Trajectory:
 
     def plot(self, axes: Axes | None = None, channels: Iterable[str] = ("loss", "probe")) -> Axes:
         """Draw channels over steps; restarts break the lines, what is not finite is marked at the edge."""
-        from kalmanguard.analysis.figures import axes_or_new, draw_series
+        from kalmanguard.analysis.figures import draw_series
 
         axes = axes_or_new(axes)
         for channel in channels:
