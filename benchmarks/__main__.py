@@ -21,6 +21,7 @@ from benchmarks.forensics import ForensicsBenchmark, ForensicsHealthy
 from benchmarks.healthy import Healthy
 from benchmarks.journal import Journal
 from benchmarks.markdown import insert
+from benchmarks.offline import Offline
 from benchmarks.organic.benchmark import Organic
 from benchmarks.oscillator import OscillatorBenchmark as Oscillator
 from benchmarks.persistent import Persistent
@@ -46,6 +47,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Replica(),
     Predictor(),
     RealCurves(),
+    Offline(),
     Cost(),
     Sketch(),
     ProbeClock(),

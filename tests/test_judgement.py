@@ -49,7 +49,7 @@ def test_buckets_keep_least_greatest_and_mean(values: list[float], buckets: int)
         decimator.add(step, value)
     curve = decimator.curve()
     assert len(curve.steps) <= 2 * buckets
-    assert (curve.first, curve.last, curve.best, curve.count) == (values[0], values[-1], min(values), len(values))
+    assert (curve.first, curve.last, curve.best, curve.finite) == (values[0], values[-1], min(values), len(values))
     starts = [*map(int, curve.steps), len(values)]
     for index, (a, b) in enumerate(itertools.pairwise(starts)):
         part = values[a:b]
@@ -62,7 +62,7 @@ def test_values_that_are_not_finite_are_listed_apart() -> None:
     for step, value in enumerate([1.0, math.nan, math.inf, 2.0]):
         decimator.add(step, value)
     curve = decimator.curve()
-    assert (curve.lost, curve.lost_count, curve.count) == ((1, 2), 2, 2)
+    assert (curve.lost, curve.lost_count, curve.finite) == ((1, 2), 2, 2)
     assert np.isfinite(curve.high).all()
 
 

@@ -17,7 +17,7 @@ from kalmanguard.records import Action
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kalmanguard.analysis.trajectory import Trajectory
+    from kalmanguard.analysis.trajectory import Stream, Trajectory
     from kalmanguard.settings import Settings
 
 #: Steps between two events of one kind from which on they are told apart, as a share of the run, and at least.
@@ -175,13 +175,13 @@ class Analyses:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def analyze(trajectory: Trajectory, settings: Settings | None = None, *, estimate: bool = True) -> Analysis:
+def analyze(trajectory: Trajectory | Stream, settings: Settings | None = None, *, estimate: bool = True) -> Analysis:
     """Judge a run with the live engine, and estimate what it is like.
 
     Parameters
     ----------
     trajectory
-        The run.
+        The run, or a stream of it (`Trajectory.stream`), of which memory holds no more than the end.
     settings
         By default those that a journal was recorded under, for other logs the usual ones.
     estimate
@@ -199,7 +199,7 @@ def analyze(trajectory: Trajectory, settings: Settings | None = None, *, estimat
     judged = trajectory.judge(settings)
     return Analysis(
         trajectory.name,
-        str(trajectory.source.path),
+        trajectory.source.path,
         trajectory.source.format,
         trajectory.source.notes,
         judged,
@@ -252,7 +252,7 @@ def _channel(j: Judgement, name: str) -> dict[str, Any]:
     curve = j.curves[name]
     best = curve.best if math.isfinite(curve.best) else None
     return {
-        "count": curve.count + curve.lost_count,
+        "count": curve.finite + curve.lost_count,
         "not_finite": curve.lost_count,
         "first": curve.first,
         "best": best,

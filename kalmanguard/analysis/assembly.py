@@ -81,7 +81,7 @@ def assemble(parts: Iterable[Part]) -> Assembled:
     target[order] = np.cumsum(new) - 1
     rank = np.empty(len(steps), dtype=np.int64)
     rank[order] = np.arange(len(steps))
-    notes = []
+    notes: list[str] = []
     made = {}
     for name, channel in channels.items():
         made[name], conflicts = _placed(channel, target, rank)
@@ -100,7 +100,8 @@ def merged(streams: Iterable[Assembled]) -> Assembled:
 
     Where a stream goes back, its later rows stand for its earlier ones.
     """
-    kept, notes = [], []
+    kept: list[Part] = []
+    notes: list[str] = []
     for stream in streams:
         notes += stream.notes
         steps, rows = _last_pass(stream.steps)

@@ -150,7 +150,7 @@ def compare(analyses: Sequence[Analysis]) -> Comparison:
         raise ConfigurationError(f"{len(analyses)} run: a comparison needs two or more.")
     channel = "probe" if all(run.judgement.probes for run in analyses) else "loss"
     curves = [run.judgement.curves.get(channel) for run in analyses]
-    bare = [run.name for run, curve in zip(analyses, curves, strict=True) if curve is None or not curve.count]
+    bare = [run.name for run, curve in zip(analyses, curves, strict=True) if curve is None or not curve.finite]
     if bare:
         raise ConfigurationError(f"{', '.join(bare)}: there is no loss to compare by.")
     known = [curve for curve in curves if curve is not None]

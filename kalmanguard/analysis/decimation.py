@@ -16,7 +16,7 @@ _LISTED = 200
 class Curve(NamedTuple):
     """A decimated series: per bucket its first step, and the least, greatest and mean of its finite values.
 
-    ``first``, ``last`` and ``best`` (the least) are single values, ``count`` how many were finite, ``lost`` the steps
+    ``first``, ``last`` and ``best`` (the least) are single values, ``finite`` how many were so, ``lost`` the steps
     of those that were not (the first 200) and ``lost_count`` how many these were.
     """
 
@@ -28,12 +28,12 @@ class Curve(NamedTuple):
     last: float
     best: float
     best_step: float
-    count: int
+    finite: int
     lost: tuple[float, ...]
     lost_count: int
 
     def __bool__(self) -> bool:
-        return self.count + self.lost_count > 0
+        return self.finite + self.lost_count > 0
 
 
 class Decimator:
@@ -55,7 +55,7 @@ class Decimator:
     >>> for step in range(1, 9):
     ...     decimator.add(step, 100.0 if step == 6 else 1.0)
     >>> curve = decimator.curve()
-    >>> curve.steps.tolist(), curve.high.tolist(), curve.count
+    >>> curve.steps.tolist(), curve.high.tolist(), curve.finite
     ([1.0, 3.0, 5.0, 7.0], [1.0, 1.0, 100.0, 1.0], 8)
     """
 

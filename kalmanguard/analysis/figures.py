@@ -71,7 +71,7 @@ def plot_gradient(judgement: Judgement, axes: Axes | None = None) -> Axes:
     """Gradient norm, least to greatest of every stretch, on a logarithmic scale; the learning rate beside it."""
     axes = axes_or_new(axes)
     curve = judgement.curves.get("gradient_norm")
-    if curve and curve.count:
+    if curve and curve.finite:
         positive = curve.low > 0
         if positive.all():
             axes.set_yscale("log")
@@ -80,7 +80,7 @@ def plot_gradient(judgement: Judgement, axes: Axes | None = None) -> Axes:
         _lost(axes, curve, "gradient norm")
     axes.set_ylabel("gradient norm")
     rate = judgement.curves.get("learning_rate")
-    if rate and rate.count and float(rate.high.max()) > 0:
+    if rate and rate.finite and float(rate.high.max()) > 0:
         beside = axes.twinx()
         beside.plot(rate.steps, rate.mean, color=BLACK, linewidth=0.8, linestyle=":", label="learning rate")
         beside.set_ylabel("learning rate", fontsize=8)
@@ -96,7 +96,7 @@ def plot_innovations(judgement: Judgement, axes: Axes | None = None) -> Axes:
     axes.set_yscale("log")
     for name, (label, colour, marker) in _CHANNELS.items():
         curve = judgement.curves.get(name)
-        if not curve or not curve.count:
+        if not curve or not curve.finite:
             continue
         size = np.maximum(np.abs(curve.high), np.abs(curve.low)) if name in ("z_gain", "z_buffers") else curve.high
         size = np.clip(size, 0.1, 1e6)
@@ -117,7 +117,7 @@ def plot_give_back(judgement: Judgement, axes: Axes | None = None) -> Axes:
     """Share of the progress that is lost, at every held-out reading, and how much may be."""
     axes = axes_or_new(axes)
     curve = judgement.curves.get("give_back")
-    if curve and curve.count:
+    if curve and curve.finite:
         top = max(1.0, 1.2 * judgement.settings.give_back)
         high = np.minimum(curve.high, top)
         axes.fill_between(curve.steps, 0, high, color=PINK, alpha=0.35, linewidth=0, step="mid")
@@ -154,7 +154,7 @@ def draw(judgement: Judgement) -> Figure:
     from matplotlib.figure import Figure
 
     wanted = panels(judgement)
-    style = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+    style: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
     with rc_context(style):
         heights = [1.6 if panel is plot_losses else 1.0 for panel in wanted] or [1.0]
         figure = Figure(figsize=(10, 0.9 + 1.55 * sum(heights)), layout="constrained")
@@ -215,7 +215,7 @@ def _limits(axes: Axes, curves: Sequence[Curve]) -> None:
     if not len(means):
         return
     low = min(float(curve.low.min()) for curve in curves if len(curve.low))
-    first = max(curve.first for curve in curves if curve.count)
+    first = max(curve.first for curve in curves if curve.finite)
     typical = float(np.quantile(means, 0.98))
     top = max(first, typical) if not low > 0 else max(first, typical) * 1.1
     if low > 0:

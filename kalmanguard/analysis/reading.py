@@ -49,8 +49,8 @@ def read_runs(path: Path, columns: Mapping[str, str] | None) -> dict[str, Run]:
             formats[run] = reader.format
             notes.setdefault(run, []).extend([*said, *reader.notes])
     runs = {}
-    for run, found in streams.items():
-        rows = found[0] if len(found) == 1 else merged(found)
+    for run, whole in streams.items():
+        rows = whole[0] if len(whole) == 1 else merged(whole)
         if not rows.channels:
             continue
         runs[run] = Run(run, formats[run], rows, tuple(dict.fromkeys([*notes[run], *rows.notes, *_seen(rows)])))

@@ -68,7 +68,7 @@ def _run(run: Analysis) -> dict[str, Any]:
     ]
     for name, label in (("loss", "Training loss"), ("probe", "Held-out loss"), ("gradient_norm", "Gradient norm")):
         curve = j.curves.get(name)
-        if curve and curve.count and (name != "probe" or j.probes):
+        if curve and curve.finite and (name != "probe" or j.probes):
             best = f"{_number(curve.best)} at best (step {curve.best_step:,.0f}), " if name != "gradient_norm" else ""
             lost = f"; not finite {curve.lost_count:,} times" if curve.lost_count else ""
             facts.append((label, f"{_number(curve.first)} at first, {best}{_number(curve.last)} last{lost}"))

@@ -312,19 +312,27 @@ class Stream:
 
     Attributes
     ----------
-    name, notes
-        Known once a pass has ended.
+    name, source
+        Complete once a pass has ended.
+    settings
+        What it is judged under by default: the usual settings, in observe mode.
     """
 
     def __init__(self, path: Path, columns: Mapping[str, str] | None, run: str | None) -> None:
         self._path, self._columns, self._run = path, columns, run
         self.name = run or path.name
-        self.notes: list[str] = []
+        self.settings = Settings(mode="observe")
+        self._notes: list[str] = []
+
+    @property
+    def source(self) -> Source:
+        """Where it comes from, with what was noted so far."""
+        return Source(str(self._path), "stream", tuple(dict.fromkeys(self._notes)))
 
     def blocks(self) -> Iterator[Block]:
         """Raw rows, some ten thousand at a time."""
-        self.notes.clear()
-        for block in read_blocks(self._path, self._columns, self._run, self.notes):
+        self._notes.clear()
+        for block in read_blocks(self._path, self._columns, self._run, self._notes):
             self.name = block.run
             yield block
 
@@ -353,7 +361,7 @@ class Stream:
         rows = self.measurements()
         first = [m for _, m in zip(range(10_000), rows, strict=False)]
         known = any(m.probe is not None for m in first)
-        folding = Judge(settings or Settings(mode="observe"), name=self.name, stand_in=not known)
+        folding = Judge(settings or self.settings, name=self.name, stand_in=not known)
         for m in first:
             folding.take(m)
         for m in rows:
@@ -376,7 +384,7 @@ def _measurements(
             dense[name] = cells
         empty: list[float | None] = [None] * (stop - start)
         sketched = None if velocities is None else velocities[start:stop]
-        moved = None if sketched is None else ~np.isnan(sketched).any(axis=1)
+        moved: list[bool] = [] if sketched is None else [bool(known) for known in ~np.isnan(sketched).any(axis=1)]
         for row, (step, loss, probe, rate, norm, buffers) in enumerate(
             zip(steps[start:stop].tolist(), *(dense.get(name, empty) for name in CHANNELS), strict=True)
         ):
@@ -388,7 +396,7 @@ def _measurements(
                 buffer_norm=buffers,
                 # A log holds one number a reading, without its examples.
                 probe=None if probe is None else ProbeReading(np.array([probe])),
-                velocity=sketched[row] if sketched is not None and moved is not None and moved[row] else None,
+                velocity=sketched[row] if sketched is not None and moved[row] else None,
             )
 
 

@@ -40,6 +40,8 @@ Chosen = Annotated[
     str | None,
     typer.Option(metavar="PRESET|TOML", help="Settings to judge by. [default: a journal's own, or balanced]"),
 ]
+#: Files from this size on are streamed: what is larger when decompressed is refused by other bounds.
+_STREAMED_BYTES = 1 << 28
 #: Runs, and incidents of a run, that are told on the terminal.
 _RUNS, _INCIDENTS = 12, 8
 
@@ -88,15 +90,18 @@ def read(
 ) -> list[Analysis]:
     """Load and analyse every run at a path, with progress."""
     from kalmanguard.analysis.analysis import analyze as judge
-    from kalmanguard.analysis.trajectory import Trajectory
+    from kalmanguard.analysis.trajectory import Stream, Trajectory
     from kalmanguard.settings import Settings
 
     chosen = None if settings is None else Settings.of(settings).model_copy(update={"mode": "observe"})
     columns = columns_of(column)
-    if run is not None:
+    trajectories: list[Trajectory | Stream]
+    if path.is_file() and path.stat().st_size >= _STREAMED_BYTES and path.suffix != ".sqlite":
+        trajectories = [Trajectory.stream(path, columns=columns, run=run)]
+    elif run is not None:
         trajectories = [Trajectory.load(path, columns=columns, run=run)]
     else:
-        trajectories = list(Trajectory.load_all(path, columns=columns).values())
+        trajectories = [*Trajectory.load_all(path, columns=columns).values()]
     analyses = []
     with Progress(console=people, transient=True, disable=not people.is_terminal) as progress:
         task = progress.add_task("analysing", total=len(trajectories))
@@ -155,7 +160,7 @@ def _tell_run(people: Console, run: Analysis) -> None:
     facts.add_row("Rows", f"{j.rows:,}, steps {j.first_step:,} to {j.last_step:,}")
     for name, label in (("loss", "Training loss"), ("probe", "Held-out loss"), ("gradient_norm", "Gradient norm")):
         curve = j.curves.get(name)
-        if curve and curve.count and (name != "probe" or j.probes):
+        if curve and curve.finite and (name != "probe" or j.probes):
             points = list(zip(curve.steps - j.first_step + 1, curve.mean, strict=True))
             line = sparkline(
                 points, width=40, end=max(1, j.last_step - j.first_step + 1), low=float(curve.mean.min()),

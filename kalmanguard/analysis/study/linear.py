@@ -16,7 +16,7 @@ from kalmanguard.records import FloatArray
 LONGEST = 1e60
 
 
-class Trajectory(NamedTuple):
+class Descent(NamedTuple):
     """Updates per unit of learning rate, shape ``(steps, n)``, and the losses after them, shape ``(steps,)``."""
 
     velocities: FloatArray
@@ -99,7 +99,7 @@ class System:
         variances = self.noise**2 * values / values[0]
         return float((2.0 * variances / ((1.0 - self.momentum) * room)).sum())
 
-    def simulate(self, rates: FloatArray, *, seed: int) -> Trajectory:
+    def simulate(self, rates: FloatArray, *, seed: int) -> Descent:
         """Train with the learning rates ``(steps,)``; ends early when an update is longer than `LONGEST`."""
         curvatures = np.array(self.curvatures)
         scales = self.noise * np.sqrt(curvatures / curvatures[0])
@@ -112,8 +112,8 @@ class System:
             velocities[step] = -b
             losses[step] = 0.5 * float(curvatures.dot(x * x))
             if float(b.dot(b)) > LONGEST * LONGEST:
-                return Trajectory(velocities[:step], losses[:step])
-        return Trajectory(velocities, losses)
+                return Descent(velocities[:step], losses[:step])
+        return Descent(velocities, losses)
 
 
 def heavy_ball_poles(eta_lambda: float, momentum: float) -> tuple[complex, complex]:
