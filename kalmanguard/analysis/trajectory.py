@@ -22,7 +22,7 @@ from kalmanguard.analysis.drawing import axes_or_new
 from kalmanguard.analysis.formats.records import VELOCITY
 from kalmanguard.analysis.judgement import Judge, Judgement, judge
 from kalmanguard.analysis.reading import Block, Run, read_blocks, read_runs
-from kalmanguard.analysis.tables import IntArray
+from kalmanguard.analysis.tables import BoolArray, IntArray
 from kalmanguard.errors import ConfigurationError, TrajectoryError
 from kalmanguard.journal.reader import JournalReader
 from kalmanguard.records import FloatArray, Measurement, ProbeReading
@@ -384,7 +384,7 @@ def _measurements(
             dense[name] = cells
         empty: list[float | None] = [None] * (stop - start)
         sketched = None if velocities is None else velocities[start:stop]
-        moved: list[bool] = [] if sketched is None else [bool(known) for known in ~np.isnan(sketched).any(axis=1)]
+        moved: BoolArray = np.asarray([] if sketched is None else ~np.isnan(sketched).any(axis=1), dtype=np.bool_)
         for row, (step, loss, probe, rate, norm, buffers) in enumerate(
             zip(steps[start:stop].tolist(), *(dense.get(name, empty) for name in CHANNELS), strict=True)
         ):
