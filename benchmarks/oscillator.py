@@ -70,8 +70,8 @@ class OscillatorBenchmark(Benchmark):
             f"{result['runs']} simulated series each, of an autoregression with the poles of zeta and omega_n that "
             "white noise drives, and white measurement noise; the signal-to-noise ratio is the power of the process "
             "over the variance of the noise. *Error*: median of its absolute value; *share*: that over 0.6745 times "
-            "the Cramer-Rao bound, what a normal estimate at the bound would have. *Covered*: by the 95 % interval. Where "
-            "no oscillation is identified there is neither error nor interval.",
+            "the Cramer-Rao bound, what a normal estimate at the bound would have. *Covered*: by the 95 % interval. "
+            "Where no oscillation is identified there is neither error nor interval.",
             table(
                 [
                     "zeta, omega_n, n, SNR", "identified", "bias of zeta", "error", "share", "covered",
