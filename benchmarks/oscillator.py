@@ -30,6 +30,9 @@ _SETTINGS = (
     (0.5, 1000, 1.0),
     (0.5, 200, 10.0),
 )
+#: A damping at which a pair is hardly told from two real poles.
+_HARD = 0.8
+#: Series for the methods that are only compared.
 _FEWER = 100
 
 
@@ -45,6 +48,7 @@ class OscillatorBenchmark(Benchmark):
             known(damping, *setting, runs=runs) for setting in _SETTINGS[: 1 if options.quick else None]
             for damping in _DAMPINGS
         ]  # fmt: skip
+        cells.append(known(_HARD, *_SETTINGS[0], runs=runs))
         others = [peers(damping, runs=min(runs, _FEWER)) for damping in _DAMPINGS]
         nothing = [none(name, runs=runs) for name in _NOTHING]
         return {"runs": runs, "cells": cells, "peers": others, "none": nothing}
@@ -54,10 +58,8 @@ class OscillatorBenchmark(Benchmark):
             [
                 f"{c['damping']:g}, {c['frequency']:g}, {c['n']:,}, {c['snr']:g}",
                 f"{100 * c['identified']:.1f} %",
-                *(number(value) for value in (c["bias"][0], c["typical"][0], c["share"][0])),
-                f"{100 * c['covered'][0]:.1f} %",
-                *(number(value) for value in (c["bias"][1], c["typical"][1], c["share"][1])),
-                f"{100 * c['covered'][1]:.1f} %",
+                *_cells(c, 0),
+                *_cells(c, 1),
                 f"{number(1e3 * c['seconds'])} ms",
             ]
             for c in result["cells"]
@@ -87,6 +89,13 @@ class OscillatorBenchmark(Benchmark):
         ])  # fmt: skip
 
 
+def _cells(cell: Result, which: int) -> list[str]:
+    if not cell["identified"]:
+        return ["–"] * 4
+    shown = [number(cell[name][which]) for name in ("bias", "typical", "share")]
+    return [*shown, f"{100 * cell['covered'][which]:.1f} %"]
+
+
 def process(damping: float, frequency: float, n: int, snr: float, seed: int) -> np.ndarray:
     """Simulate one series, shape ``(n,)``."""
     rng = np.random.default_rng([seed, n, int(1000 * damping), int(1000 * frequency), int(10 * snr)])
@@ -111,14 +120,21 @@ def known(damping: float, frequency: float, n: int, snr: float, *, runs: int) ->
             intervals = (found.damping, found.frequency)
             errors.append([v.estimate - t for v, t in zip(intervals, truth, strict=True)])
             covered.append([v.low <= t <= v.high for v, t in zip(intervals, truth, strict=True)])
+    common = {
+        "damping": damping, "frequency": frequency, "n": n, "snr": snr, "identified": len(errors) / runs,
+        "seconds": float(np.median(seconds)),
+    }  # fmt: skip
+    if not errors:
+        return common
     typical = np.median(np.abs(errors), axis=0)
     bound = np.array(cramer_rao(damping, frequency, n=n, snr=snr))
     return {
-        "damping": damping, "frequency": frequency, "n": n, "snr": snr, "identified": len(errors) / runs,
-        "bias": np.mean(errors, axis=0).tolist(), "typical": typical.tolist(),
-        "share": (typical / (0.6745 * bound)).tolist(), "covered": np.mean(covered, axis=0).tolist(),
-        "seconds": float(np.median(seconds)),
-    }  # fmt: skip
+        **common,
+        "bias": np.mean(errors, axis=0).tolist(),
+        "typical": typical.tolist(),
+        "share": (typical / (0.6745 * bound)).tolist(),
+        "covered": np.mean(covered, axis=0).tolist(),
+    }
 
 
 def _least_squares(values: np.ndarray) -> tuple[complex, ...]:

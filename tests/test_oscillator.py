@@ -22,6 +22,7 @@ from kalmanguard.analysis.second_order import Pair
 from kalmanguard.analysis.yule_walker import modified_yule_walker
 from kalmanguard.detectors.damping import second_order
 from kalmanguard.errors import ConfigurationError
+from kalmanguard.models.quadratic import HeavyBall
 
 
 def process(damping, frequency, *, n=1000, snr=10.0, k=1, seed=0):
@@ -119,6 +120,13 @@ def test_a_pair_is_itself_however_it_is_written(damping, frequency):
         np.testing.assert_allclose(derivative, np.stack([by_decay, by_angle], axis=1), rtol=1e-6, atol=1e-7)
 
 
+def test_the_heavy_ball_is_critically_damped_where_the_page_says():
+    for beta in (0.5, 0.9):
+        ball = HeavyBall(curvatures=(0.999, 1.001), lr=(1.0 - math.sqrt(beta)) ** 2, momentum=beta)
+        more, less = ball.damping_ratios()
+        assert more > 1.0 > less > 0.99
+
+
 def test_the_fit_is_the_top_of_the_likelihood():
     from scipy.optimize import minimize
 
@@ -153,6 +161,17 @@ def study(damping, frequency, runs, *, n=1000, snr=10.0, seed=0):
     return np.array(errors), np.array(covered), identified
 
 
+@pytest.mark.parametrize("frequency", [0.2, 0.5, 1.5])
+def test_a_light_damping_is_known_almost_as_well_as_can_be(frequency):
+    errors, covered, identified = study(0.1, frequency, 40, seed=int(10 * frequency))
+    assert identified == 40
+    # Half of the errors are below 1.2 times what the bound implies: a sign test, since 40 runs make a rough median.
+    within = np.abs(errors) <= 1.2 * 0.6745 * np.array(cramer_rao(0.1, frequency, n=1000, snr=10.0))
+    assert (within.sum(0) >= binom.ppf(1e-3, 40, 0.5)).all()
+    assert (np.abs(errors).max(0) <= 5.0 * np.array(cramer_rao(0.1, frequency, n=1000, snr=10.0))).all()
+    assert (covered.sum(0) >= binom.ppf(1e-3, 40, 0.95)).all()
+
+
 def judge(damping, frequency, runs, *, seed=0):
     errors, covered, identified = study(damping, frequency, runs, seed=seed)
     assert identified >= 0.97 * runs
@@ -160,13 +179,6 @@ def judge(damping, frequency, runs, *, seed=0):
     bound = cramer_rao(damping, frequency, n=1000, snr=10.0)
     assert (typical <= 1.2 * 0.6745 * np.array(bound)).all()
     return typical, covered
-
-
-@pytest.mark.parametrize("frequency", [0.2, 0.5, 1.5])
-def test_a_light_damping_is_known_almost_as_well_as_can_be(frequency):
-    typical, covered = judge(0.1, frequency, 40, seed=int(10 * frequency))
-    assert typical[0] < 0.02
-    assert (covered.sum(0) >= binom.ppf(1e-3, 40, 0.95)).all()
 
 
 @pytest.mark.slow
