@@ -18,6 +18,7 @@ from scipy.stats import binom
 
 from kalmanguard import Engine, Measurement, ProbeReading, Settings, Supervisor
 from kalmanguard.analysis.decimation import Decimator
+from kalmanguard.analysis.estimates import estimates
 from kalmanguard.analysis.health import Health, first_confirmed, verdict
 from kalmanguard.analysis.judgement import Judge, judge
 from kalmanguard.journal import JournalReader
@@ -182,3 +183,42 @@ def test_held_out_losses_without_examples_are_not_paired() -> None:
         state, decision = engine.step(state, Measurement(step=step, probe=probe))
         found += [item.detector for item in decision.evidence]
     assert "paired-probe" not in found
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def test_estimates_of_a_log_whose_truth_is_known() -> None:
+    rng, n = np.random.default_rng(8), np.arange(1, 1501)
+    losses = 3.0 - 4e-4 * n + 0.1 * rng.normal(size=1500)
+    norms = np.exp(0.001 * n + 0.1 * rng.normal(size=1500))
+    rows = [
+        Measurement(step=int(s), loss=float(y), gradient_norm=float(g))
+        for s, y, g in zip(n, losses, norms, strict=True)
+    ]
+    found = {e.name: e for e in estimates(judge(rows, stand_in=True))}
+    slope, noise, growth = (
+        found[name]
+        for name in ("Slope of the training loss", "Noise of the training loss", "Growth of the gradient norm")
+    )
+    assert slope.low < -0.4 < slope.high
+    assert slope.meaning == "falling"
+    assert noise.low < 0.1 < noise.high
+    assert growth.low < 0.001 < growth.high
+    assert found["Oscillation of the loss"].text.startswith("none")
+    assert found["Regime at the end"].text.startswith("nominal")
+
+
+def test_an_oscillating_loss_is_told() -> None:
+    rng, n = np.random.default_rng(9), np.arange(1, 1201)
+    losses = 2.0 + 0.3 * np.sin(2 * np.pi * n / 12) + 0.1 * rng.normal(size=1200)
+    rows = [Measurement(step=int(s), loss=float(y)) for s, y in zip(n, losses, strict=True)]
+    found = {e.name: e for e in estimates(judge(rows, stand_in=True))}
+    assert found["Oscillation of the loss"].value == pytest.approx(1 / 12, rel=0.02)
+
+
+def test_there_are_no_estimates_of_nothing() -> None:
+    assert list(estimates(judge([]))) == []
+    assert list(estimates(judge(healthy(0, 20), stand_in=True))) == []
+    constant = [Measurement(step=s, loss=1.0, gradient_norm=1.0) for s in range(1, 400)]
+    assert all(math.isfinite(e.value) or math.isnan(e.value) for e in estimates(judge(constant, stand_in=True)))
