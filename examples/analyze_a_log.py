@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kalmanguard import FaultInjector
-from kalmanguard.analysis import Trajectory, analyze
+from kalmanguard.analysis import Trajectory, analyze, write_report
 from kalmanguard.models import load_plant
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1200
@@ -55,4 +55,4 @@ for incident in result.incidents:
 # The same as a page that opens from disk. On the command line: `kalmanguard analyze metrics.csv`.
 
 # %%
-print(result.report(folder / "report.html"))
+print(write_report(result, folder / "report.html"))

@@ -18,7 +18,7 @@ from scipy.stats import binom
 from typer.testing import CliRunner
 
 from kalmanguard import ConfigurationError, FaultInjector, Settings, Supervisor
-from kalmanguard.analysis import Trajectory, analyze, compare, grid, sweep, whatif
+from kalmanguard.analysis import Trajectory, analyze, compare, grid, sweep, whatif, write_report
 from kalmanguard.analysis.analysis import Analyses, in_order
 from kalmanguard.analysis.figures import draw, plot_losses
 from kalmanguard.analysis.health import Health
@@ -208,7 +208,7 @@ def test_the_page_is_whole_and_runs_nothing(tmp_path: Path, run: Path) -> None:
         analyze(Trajectory.from_arrays(loss=course(at=500, by=1.0, lasting=300), name=evil)),
         analyze(Trajectory.from_arrays(loss=course(at=700, by=np.nan, lasting=100), name="gone")),
     ]
-    written = in_order(runs).report(tmp_path / "page.html")
+    written = write_report(in_order(runs), tmp_path / "page.html")
     text = written.read_text(encoding="utf-8")
     page = _Page()
     page.feed(text)
@@ -226,12 +226,12 @@ def test_a_report_never_writes_over_something_else(tmp_path: Path) -> None:
     log.write_text("step,loss\n1,2.0\n", encoding="utf-8")
     result = analyze(Trajectory.from_arrays(loss=course()))
     with pytest.raises(ConfigurationError, match="is no report"):
-        result.report(log)
+        write_report(result, log)
     assert log.read_text(encoding="utf-8") == "step,loss\n1,2.0\n"
-    page = result.report(tmp_path / "page.html")
-    assert result.report(page) == page  # an older report is replaced
+    page = write_report(result, tmp_path / "page.html")
+    assert write_report(result, page) == page  # an older report is replaced
     with pytest.raises(ConfigurationError, match="cannot be written"):
-        result.report(tmp_path / "nowhere" / "page.html")
+        write_report(result, tmp_path / "nowhere" / "page.html")
 
 
 def test_figures_take_and_return_axes() -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kalmanguard.analysis.comparison import Comparison, compare
     from kalmanguard.analysis.health import Health, Verdict, verdict
     from kalmanguard.analysis.judgement import Event, Judge, Judgement, judge
+    from kalmanguard.analysis.report import write_report
     from kalmanguard.analysis.trajectory import Trajectory
     from kalmanguard.analysis.variants import Sweep, WhatIf, grid, sweep, whatif
 
@@ -18,6 +19,7 @@ _HOMES = {
     "comparison": ("Comparison", "compare"),
     "health": ("Health", "Verdict", "verdict"),
     "judgement": ("Event", "Judge", "Judgement", "judge"),
+    "report": ("write_report",),
     "trajectory": ("Trajectory",),
     "variants": ("Sweep", "WhatIf", "grid", "sweep", "whatif"),
 }
@@ -42,6 +44,7 @@ __all__ = [
     "sweep",
     "verdict",
     "whatif",
+    "write_report",
 ]
 
 

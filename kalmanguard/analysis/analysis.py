@@ -6,7 +6,6 @@ import html
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kalmanguard.analysis.estimates import Estimate, estimates
@@ -87,10 +86,6 @@ class Analysis:
 
         return draw(self.judgement)
 
-    def report(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page."""
-        return Analyses((self,)).report(path)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curves, as plain values."""
         j = self.judgement
@@ -148,12 +143,6 @@ class Analyses:
         """How many runs have which health."""
         found = [run.verdict.health.value for run in self.runs]
         return {health.value: found.count(health.value) for health in Health if health.value in found}
-
-    def report(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page."""
-        from kalmanguard.analysis.report import write
-
-        return write(self, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values: totals, then the runs."""

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kalmanguard.analysis.formats.records import VELOCITY
+from kalmanguard.analysis.reading import read_runs
 from kalmanguard.errors import ConfigurationError, TrajectoryError
 
 if TYPE_CHECKING:
@@ -175,6 +176,4 @@ def _number(value: Any) -> float | None:
 def _last_step(path: Path) -> int:
     if not path.exists():
         return 0
-    from kalmanguard.analysis.trajectory import Trajectory
-
-    return int(Trajectory.load(path).steps[-1])
+    return max((int(run.rows.steps[-1]) for run in read_runs(path, None).values()), default=0)

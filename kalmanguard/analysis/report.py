@@ -18,8 +18,8 @@ SHOWN = 6
 _OVERVIEW, _INCIDENTS = 1_000, 60
 
 
-def write(analyses: Analyses, path: str | Path) -> Path:
-    """Write the page.
+def write_report(what: Analysis | Analyses, path: str | Path) -> Path:
+    """Write the page about one run or several.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def write(analyses: Analyses, path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and not _is_report(path):
         raise ConfigurationError(f"{path} exists and is no report of this program: name another file.")
-    text = render(analyses)
+    text = render(what if isinstance(what, Analyses) else Analyses((what,)))
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

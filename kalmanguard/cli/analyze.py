@@ -70,13 +70,14 @@ def analyze(
     - 2: there is nothing that can be read
     """
     from kalmanguard.analysis.analysis import in_order
+    from kalmanguard.analysis.report import write_report
 
     people = console(as_json=as_json)
     analyses = in_order(read(people, path, run, column, settings))
     page = report
     if page is None and not no_report and not as_json:
         page = Path(f"{(path.resolve().name or 'runs').split('.')[0]}.report.html")
-    written = None if page is None or no_report else analyses.report(page)
+    written = None if page is None or no_report else write_report(analyses, page)
     if as_json:
         emit({"path": str(path), **analyses.to_dict()})
         return

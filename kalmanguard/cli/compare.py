@@ -37,11 +37,12 @@ def compare(
     """
     from kalmanguard.analysis.analysis import Analyses
     from kalmanguard.analysis.comparison import compare as put_together
+    from kalmanguard.analysis.report import write_report
 
     people = console(as_json=as_json)
     runs = [run for path in paths for run in read(people, path, None, column, settings)]
     comparison = put_together(runs)
-    written = None if report is None else Analyses(tuple(runs)).report(report)
+    written = None if report is None else write_report(Analyses(tuple(runs)), report)
     if as_json:
         emit(comparison.to_dict())
         return
