@@ -219,6 +219,8 @@ def test_the_page_is_whole_and_runs_nothing(tmp_path: Path, run: Path) -> None:
     assert text.count("<svg") >= 6  # a picture and a sparkline of every run
     assert "DIVERGED" in text
     assert "roll back to the state of step" in text
+    assert text.count("<th>it did</th>") == 1  # of the journal; the others were not supervised
+    assert text.count("<th>it would</th>") == 2
 
 
 def test_a_report_never_writes_over_something_else(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ class Analysis:
     estimates: tuple[Estimate, ...] = ()
 
     @property
+    def verb(self) -> str:
+        """``did`` of a supervisor that was there and acted, else ``would``."""
+        return "did" if self.format == "journal" and self.judgement.settings.mode == "protect" else "would"
+
+    @property
     def incidents(self) -> tuple[Incident, ...]:
         """Events that lie close together, as one."""
         return tuple(_incidents(self.judgement))
@@ -121,7 +126,7 @@ class Analysis:
             f"  {j.rows:,} rows, steps {j.first_step:,} to {j.last_step:,}; {j.suspected:,} suspicious, "
             f"{j.confirmed:,} confirmed",
         ]
-        lines += [f"  steps {i.first:,} to {i.last:,}: {i.message}; would {i.deed}" for i in self.incidents[:10]]
+        lines += [f"  steps {i.first:,} to {i.last:,}: {i.message}; {self.verb} {i.deed}" for i in self.incidents[:10]]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

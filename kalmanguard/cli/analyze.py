@@ -180,7 +180,7 @@ def _tell_run(people: Console, run: Analysis) -> None:
         told = Table.grid(padding=(0, 2))
         for incident in incidents[:_INCIDENTS]:
             span = f"{incident.first:,}" + (f" to {incident.last:,}" if incident.last != incident.first else "")
-            told.add_row(span, Text(f"{incident.message}; it would {incident.deed}"))
+            told.add_row(span, Text(f"{incident.message}; it {run.verb} {incident.deed}"))
         people.print(told)
         if len(incidents) > _INCIDENTS:
             people.print(Text(f"... and {len(incidents) - _INCIDENTS:,} more"))
