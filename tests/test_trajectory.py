@@ -112,6 +112,8 @@ def test_trainer_state_and_its_folders(tmp_path: Path, rows: list[dict[str, floa
         history.append({"epoch": 0.1, **{k: row[k] for k in ("step", "loss", "grad_norm")}, "learning_rate": 1e-3})
         if "val_loss" in row:
             history.append({"epoch": 0.1, "step": row["step"], "eval_loss": row["val_loss"], "eval_runtime": 1.0})
+    # What the Trainer adds at its end: a mean over the run, under a name that looks like a loss.
+    history.append({"epoch": 1.0, "step": STEPS, "train_loss": 99.0, "train_runtime": 3.0, "total_flos": 1e9})
     for step in (20, STEPS):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -349,6 +351,37 @@ def test_nothing_is_lost_but_what_was_written_again(rows: list[tuple[int, dict[s
         kept = list(zip(whole.steps[channel.rows].tolist(), channel.values.tolist(), strict=True))
         assert set(kept) <= set(logged)
         assert {step for step, _ in kept} == {step for step, _ in logged}
+
+
+def test_steps_that_begin_again_in_every_epoch_are_counted_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        (e, b, 2.0 + 2.0 * math.exp(-(100 * e + b) / 200) + 0.02 * rng.normal()) for e in range(5) for b in range(100)
+    ]
+    path = tmp_path / "epochs.csv"
+    lines = ["epoch,batch,loss", *(f"{e},{b},{y:.6f}" for e, b, y in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    trajectory = Trajectory.load(path)
+    assert trajectory.steps.tolist() == list(range(500))
+    assert any("in every epoch" in note for note in trajectory.source.notes)
+    result = trajectory.judge()
+    assert (result.suspected, result.confirmed, result.restarts) == (0, 0, ())
+
+
+def test_a_logger_with_a_row_for_each_kind_of_value(tmp_path: Path, rows: list[dict[str, float]]) -> None:
+    """As Lightning's CSV logger writes: train rows, then a validation row with the step of the last of them."""
+    path = tmp_path / "metrics.csv"
+    lines = ["epoch,lr-AdamW,step,train_loss_epoch,train_loss_step,val_loss"]
+    for row in rows:
+        lines.append(f"{row['step'] // 20},0.001,{row['step']},,{row['loss']!r},")
+        if "val_loss" in row:
+            lines.append(f"{row['step'] // 20},,{row['step']},0.5,,{row['val_loss']!r}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    trajectory = Trajectory.load(path)
+    assert trajectory.series("loss")[1].tolist()[:5] == [row["loss"] for row in rows[:5]]
+    assert trajectory.series("probe")[0].tolist() == list(range(10, STEPS + 1, 10))
+    assert len(trajectory) == STEPS
+    assert "learning_rate" in trajectory.channels
 
 
 def test_gaps_are_told() -> None:

@@ -72,6 +72,11 @@ def assemble(parts: Iterable[Part]) -> Assembled:
     if not len(steps):
         return Assembled(steps, {}, None, ())
     segment = _segments(steps, channels)
+    notes: list[str] = []
+    if segment[-1] and _counts_within_epochs(steps, segment, channels.get("epoch")):
+        notes.append("The steps begin again in every epoch: they are counted on from one epoch to the next.")
+        steps = _counted_on(steps, segment)
+        segment = np.zeros_like(segment)
     order = np.lexsort((np.arange(len(steps)), steps, segment))
     steps, segment = steps[order], segment[order]
     new = np.ones(len(steps), dtype=np.bool_)
@@ -81,7 +86,6 @@ def assemble(parts: Iterable[Part]) -> Assembled:
     target[order] = np.cumsum(new) - 1
     rank = np.empty(len(steps), dtype=np.int64)
     rank[order] = np.arange(len(steps))
-    notes: list[str] = []
     made = {}
     for name, channel in channels.items():
         made[name], conflicts = _placed(channel, target, rank)
@@ -180,6 +184,20 @@ def _segments(steps: IntArray, channels: Mapping[str, Channel]) -> IntArray:
             first -= 1
         segment[first:] += 1
     return segment
+
+
+def _counts_within_epochs(steps: IntArray, segment: IntArray, epoch: Channel | None) -> bool:
+    """Whether every segment starts at the same step as the first, in an epoch of its own."""
+    if epoch is None or not len(epoch.rows):
+        return False
+    first = np.flatnonzero(np.diff(segment, prepend=-1))
+    at = np.minimum(np.searchsorted(epoch.rows, first), len(epoch.rows) - 1)
+    return bool((steps[first] == steps[0]).all() and (np.diff(epoch.values[at]) > 0).all())
+
+
+def _counted_on(steps: IntArray, segment: IntArray) -> IntArray:
+    lengths = np.array([int(steps[segment == s].max()) - int(steps[0]) + 1 for s in range(int(segment[-1]) + 1)])
+    return steps + np.concatenate([[0], np.cumsum(lengths)[:-1]])[segment]
 
 
 def _placed(channel: Channel, target: IntArray, rank: IntArray) -> tuple[Channel, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kalmanguard.analysis.formats.records import RecordsReader
 
@@ -15,6 +17,10 @@ class TrainerReader(RecordsReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path, document=True, key="log_history")
         self.format = "Hugging Face trainer state"
+
+    def _whole(self) -> Iterator[dict[str, Any]]:
+        # The last record sums the run up: its train_loss is the mean over all steps, not the loss of one.
+        return (record for record in super()._whole() if "train_runtime" not in record)
 
 
 def state_in(folder: Path) -> Path | None:
