@@ -73,11 +73,12 @@ def _health(j: Judgement) -> tuple[Health, list[str]]:
     lost = _not_finite(j)
     if lost is not None:
         return Health.DIVERGED, [lost]
-    # Held-out readings may be rare, and the run's end with them.
-    g, share = j.give_back, j.settings.give_back
     what = "held-out" if j.probes else "training"
-    if g > 1.0:
-        return Health.DIVERGED, [f"The {what} loss at the end is worse than at the start."]
+    standing, g, share = j.standing, j.give_back, j.settings.give_back
+    if standing is not None and standing.y - standing.start > standing.allowance:
+        return Health.DIVERGED, [
+            f"The {what} loss at the end, {standing.y:.4g}, is worse than at the start, {standing.start:.4g}."
+        ]
     if g > share and any("overfitting" in event.detectors for event in j.events[-20:]):
         return Health.WATCH, [
             f"The held-out loss has lost {100 * g:.0f} % of its progress while the training loss went on falling: "
@@ -98,6 +99,8 @@ def _health(j: Judgement) -> tuple[Health, list[str]]:
         reasons.append(f"{_count(len(latest), 'row')} of the last {now:,} were suspicious.")
     if 1_000.0 * (j.episodes - _DEVIATIONS * math.sqrt(j.episodes)) / j.rows > _ROUGH:
         reasons.append(f"It was rough: {_count(j.episodes, 'stretch', 'stretches')} of suspicion in {j.rows:,} rows.")
+    if standing is not None and not standing.progressed:
+        reasons.append(f"The {what} loss has made no progress that stands out of its noise.")
     if reasons:
         return Health.WATCH, reasons
     quiet = (

@@ -27,7 +27,7 @@ STAND_IN = 16
 _REMEMBERED = 128
 _INNOVATIONS = ("z_loss", "z_gradient", "z_gain", "z_buffers", "z_trajectory")
 _AT_PROBES = ("y", "predicted", "scale", "bound", "y_best")
-_AT = {name: STATISTICS.index(name) for name in (*_INNOVATIONS, *_AT_PROBES, "y0", "level")}
+_AT = {name: STATISTICS.index(name) for name in (*_INNOVATIONS, *_AT_PROBES, "y0", "allowance")}
 
 
 class Event(NamedTuple):
@@ -43,6 +43,31 @@ class Event(NamedTuple):
     detectors: tuple[str, ...]
     message: str
     restore: int | None = None
+
+
+class Standing(NamedTuple):
+    """Where the last reading stands: held-out loss ``y``, the first one, the best level, and what it may be above it.
+
+    ``allowance`` covers the noise of a reading, so progress below it has not been shown.
+    """
+
+    y: float
+    start: float
+    best: float
+    allowance: float
+
+    @property
+    def progressed(self) -> bool:
+        """Whether more was gained than noise accounts for."""
+        return self.start - self.best > self.allowance
+
+    @property
+    def give_back(self) -> float:
+        """Share of the progress that is lost; 0 where noise accounts for it, nan without progress."""
+        if not self.progressed:
+            return math.nan
+        lost = self.y - self.best
+        return lost / (self.start - self.best) if lost > self.allowance else 0.0
 
 
 class Recent(NamedTuple):
@@ -86,6 +111,8 @@ class Judgement:
         Stretches of events with fewer than 20 rows between them.
     unseen_probes
         Rows at which a supervisor would have probed and nothing was recorded.
+    standing
+        Of the last finite reading; ``None`` without any.
     """
 
     name: str
@@ -102,6 +129,7 @@ class Judgement:
     probes: int
     episodes: int
     unseen_probes: int
+    standing: Standing | None
 
     @property
     def suspected(self) -> int:
@@ -115,9 +143,8 @@ class Judgement:
 
     @property
     def give_back(self) -> float:
-        """Share of the progress on held-out data that was lost at the end; nan without a probe or without progress."""
-        curve = self.curves.get("give_back")
-        return curve.last if curve else math.nan
+        """Share of the progress that is lost at the end; nan without a reading or without progress."""
+        return self.standing.give_back if self.standing else math.nan
 
 
 class _Clock:
@@ -198,6 +225,7 @@ class Judge:
         self._rows = self._probes = self._episodes = self._unseen = 0
         self._first = self._last = 0
         self._last_event = -(1 << 40)
+        self._standing: Standing | None = None
 
     @property
     def state(self) -> EngineState:
@@ -255,6 +283,7 @@ class Judge:
             probes=self._probes,
             episodes=self._episodes,
             unseen_probes=self._unseen,
+            standing=self._standing,
         )
 
     def _restart(self, step: int) -> None:
@@ -319,9 +348,11 @@ class Judge:
             value = statistics[_AT[name]]
             if math.isfinite(value):
                 self._add(name, step, value)
-        y, start, best = (statistics[_AT[name]] for name in ("y", "y0", "y_best"))
-        if start > best:
-            self._add("give_back", step, max(0.0, y - best) / (start - best))
+        standing = Standing(*(statistics[_AT[name]] for name in ("y", "y0", "y_best", "allowance")))
+        if all(map(math.isfinite, standing)):
+            self._standing = standing
+            if standing.start > standing.best:
+                self._add("give_back", step, max(0.0, standing.y - standing.best) / (standing.start - standing.best))
 
     def _add(self, name: str, step: float, value: float) -> None:
         curve = self._curves.get(name)
@@ -332,12 +363,18 @@ class Judge:
     def _event(self, step: int, decision: Decision) -> Event:
         fired = [item for item in decision.evidence if item.fired]
         restore = decision.orders.restore
+        # Of a reason only the middle: it names steps of the engine's own clock.
+        why = decision.reason.partition(": ")[2].partition("; the state of step")[0].partition(", and the recovery")[0]
+        message = "; ".join(dict.fromkeys(item.message for item in fired)) or why
+        if self._losses is not None:
+            message = message.replace(f" on the same {STAND_IN} examples", "")
+            message = message.replace("held-out loss", f"mean of {STAND_IN} training losses")
         return Event(
             step,
             decision.level.value,
             decision.proposed.value,
             tuple(item.detector for item in fired),
-            "; ".join(dict.fromkeys(item.message for item in fired)) or decision.reason.partition(": ")[2],
+            message,
             None if restore is None else self._clock.step(restore),
         )
 
