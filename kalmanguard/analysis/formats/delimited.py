@@ -73,13 +73,15 @@ class DelimitedReader:
             if not name:
                 continue
             column = numeric(cells)
-            was = kinds.setdefault(name, column is not None)
-            if column is not None and was:
+            if column is not None and not column.logged.any():
+                continue  # nothing in it yet: what it holds is not known
+            is_number = kinds.setdefault(name, column is not None)
+            if column is not None and is_number:
                 columns[name] = column
-            elif was:
-                bad = next(i for i, cell in enumerate(cells) if numeric([cell]) is None)
+            elif is_number:
+                bad = next(cell for cell in cells if numeric([cell]) is None)
                 raise TrajectoryError(
-                    f"Column {name!r} of {self._path} holds numbers and words, such as {cells[bad][:40]!r}: "
+                    f"Column {name!r} of {self._path} holds numbers and words, such as {bad[:40]!r}: "
                     "write numbers with a point, and nothing or null where there is none."
                 )
             else:
