@@ -90,6 +90,17 @@ def test_every_row_is_there_at_once(tmp_path: Path) -> None:
     recorder.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+    recorder = Trajectory.record(tmp_path / "run.jsonl")
+    recorder._file.close()
+    recorder._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the recorder
+    with pytest.warns(UserWarning, match="Training goes on"):
+        recorder.log(loss=1.0)
+    recorder.log(loss=0.5)
+    recorder.close()
+
+
 def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"suffix \.jsonl"):
         Trajectory.record(tmp_path / "run.csv")

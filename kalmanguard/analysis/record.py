@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -49,7 +50,7 @@ class Recorder:
     -----
     The run is not touched: no parameter, gradient, random state or schedule is changed (hooks only look, and are
     removed on `close`). Each row goes to the operating system at once, so that a killed process loses none. Values that
-    are no numbers are left out, with a warning. On an accelerator a tensor that is logged is waited for.
+    are no numbers are left out, with a warning; so are rows that a failing disk does not take. On an accelerator a tensor that is logged is waited for.
 
     Examples
     --------
@@ -87,6 +88,7 @@ class Recorder:
         if model is not None:
             self._watch(model, optimizer, sketch_size, seed)
         self._step = _last_step(self.path) if append else 0
+        self._failed = False
         try:
             self._file = open(self.path, "a" if append else "x", encoding="utf-8")  # noqa: SIM115 - open for the run
         except FileExistsError:
@@ -121,13 +123,23 @@ class Recorder:
                 warnings.warn(
                     f"{name} = {value!r:.60} at step {self._step} is no number, and was left out.", stacklevel=2
                 )
-        self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                warnings.warn(
+                    f"{self.path} cannot be written any more ({error.strerror}): rows from step {self._step} on may be "
+                    "missing. Training goes on.",
+                    stacklevel=2,
+                )
 
     def close(self) -> None:
         """Close the file and take the hooks off."""
         self._let_go()
-        self._file.close()
+        with suppress(OSError):  # of a full disk; it was told when it happened
+            self._file.close()
 
     def _watch(self, model: nn.Module, optimizer: Any, size: int, seed: int) -> None:
         from kalmanguard.sensors.optimizer import OptimizerTap
