@@ -197,7 +197,8 @@ def _counts_within_epochs(steps: IntArray, segment: IntArray, epoch: Channel | N
 
 def _counted_on(steps: IntArray, segment: IntArray) -> IntArray:
     lengths = np.array([int(steps[segment == s].max()) - int(steps[0]) + 1 for s in range(int(segment[-1]) + 1)])
-    return steps + np.concatenate([[0], np.cumsum(lengths)[:-1]])[segment]
+    counted: IntArray = steps + np.concatenate([[0], np.cumsum(lengths)[:-1]])[segment]
+    return counted
 
 
 def _placed(channel: Channel, target: IntArray, rank: IntArray) -> tuple[Channel, int]:

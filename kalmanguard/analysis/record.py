@@ -50,7 +50,8 @@ class Recorder:
     -----
     The run is not touched: no parameter, gradient, random state or schedule is changed (hooks only look, and are
     removed on `close`). Each row goes to the operating system at once, so that a killed process loses none. Values that
-    are no numbers are left out, with a warning; so are rows that a failing disk does not take. On an accelerator a tensor that is logged is waited for.
+    are no numbers are left out, with a warning; so are rows that a failing disk does not take. On an accelerator a
+    tensor that is logged is waited for.
 
     Examples
     --------
