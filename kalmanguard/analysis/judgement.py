@@ -193,7 +193,7 @@ class Judge:
     What the live tap does is done here: a gradient that is not finite, or beyond the gate that the decision before has
     set, counts as one that would have been dropped. A step that goes back is a restart: the estimators are those of the
     nearest earlier row of that step, as if that state had been restored by hand; the envelope goes on.
-    Cost: about twice that of the engine alone (``python -m benchmarks offline``).
+    Cost: about a fifth more than the engine alone (``python -m benchmarks offline``).
     """
 
     def __init__(
