@@ -65,6 +65,10 @@ def test_health_of_known_histories() -> None:
     assert health(course(at=700, by=np.nan, lasting=100)) is Health.DIVERGED
     assert health(course(at=600, by=5.0, lasting=200)) is Health.DIVERGED
     assert health(course(rows=12)) is Health.UNKNOWN
+    assert health(np.full(400, 2.3) + 0.05 * np.random.default_rng(0).normal(size=400)) is Health.WATCH  # no progress
+    high = course()
+    high[5:] = 1e6 * (1.0 + 0.1 * np.abs(np.random.default_rng(1).normal(size=795)))  # too high a rate from the start
+    assert health(high) is Health.DIVERGED
 
 
 def test_overfitting_is_watched_and_not_harm() -> None:

@@ -213,7 +213,9 @@ def in_order(runs: Sequence[Analysis]) -> Analyses:
 
 
 def _incidents(j: Judgement) -> Iterator[Incident]:
-    apart = max(_APART, _APART_FRAC * (j.last_step - j.first_step))
+    span = j.last_step - j.first_step
+    # What is told at every held-out reading belongs together, however rare they are.
+    apart = max(_APART, _APART_FRAC * span, 2.0 * span / j.probes if j.probes else 0.0)
     group: list[Event] = []
     for event in j.events:
         if group and event.step - group[-1].step > apart:

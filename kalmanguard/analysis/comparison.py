@@ -194,12 +194,12 @@ def _difference(final: Final, first: Final) -> tuple[float, float, float]:
 
 def _cells(row: Row) -> list[str]:
     value, low, high = row.difference
-    difference = "–" if math.isnan(value) else f"{100 * value:+.2f} %"
+    difference = "–" if math.isnan(value) else f"{100 * value:+.3g} %"
     if not math.isnan(low):
-        difference += f" ({100 * low:+.2f} to {100 * high:+.2f})"
+        difference += f" ({100 * low:+.3g} to {100 * high:+.3g})"
     error = "" if math.isnan(row.final.error) else f" ± {row.final.error:.2g}"
     return [
         row.name, row.health, f"{row.final.mean:.4g}{error}", difference, f"{row.best:.4g} at {row.best_step:,.0f}",
         "–" if row.reached is None else f"{row.reached:,.0f}", f"{row.suspected_per_1000:.2f}", f"{row.confirmed:,}",
-        "–" if math.isnan(row.give_back) else f"{100 * row.give_back:.1f} %",
+        "–" if math.isnan(row.give_back) else "all" if row.give_back >= 1.0 else f"{100 * row.give_back:.1f} %",
     ]  # fmt: skip

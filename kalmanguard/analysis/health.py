@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
+import numpy as np
+
 from kalmanguard.analysis.judgement import Event, Judgement
 from kalmanguard.records import Action
 
 #: Held-out losses that show how much of the progress is lost, however few rows there are.
 _FEW_PROBES = 8
+#: Training losses above the first one by this share of it are worth a word, and beyond this many times it an explosion,
+#: unless it is next to nothing, as of policies.
+_UNTRAINED_FRAC, _EXPLODED, _TINY = 0.25, 1_000.0, 1e-3
+#: Dropped steps that mean nothing, as a scaler of half-precision losses makes them, at least and as a share.
+_FEW_DROPPED, _DROPPED_FRAC = 3, 0.01
+#: Detectors that see more than a held-out loss that rises.
+_SHAKEN = frozenset(("loss", "gradient", "gain", "trajectory", "learning-rate", "loss-finite", "gradient-gate"))
 #: Share of the rows at the end that "now" is, and how many at least.
 _NOW_FRAC, _NOW_ROWS = 0.05, 50
 #: Episodes per 1,000 rows, at the lower confidence bound, above which a run is rough.
@@ -75,11 +84,14 @@ def _health(j: Judgement) -> tuple[Health, list[str]]:
         return Health.DIVERGED, [lost]
     what = "held-out" if j.probes else "training"
     standing, g, share = j.standing, j.give_back, j.settings.give_back
+    first, last = _first_and_last(j)
+    if last > _EXPLODED * max(abs(first), _TINY):
+        return Health.DIVERGED, [f"The training loss at the end, {last:.4g}, is far above the first one, {first:.4g}."]
     if standing is not None and standing.y - standing.start > standing.allowance:
         return Health.DIVERGED, [
             f"The {what} loss at the end, {standing.y:.4g}, is worse than at the start, {standing.start:.4g}."
         ]
-    if g > share and any("overfitting" in event.detectors for event in j.events[-20:]):
+    if g > share and _overfits(j):
         return Health.WATCH, [
             f"The held-out loss has lost {100 * g:.0f} % of its progress while the training loss went on falling: "
             "overfitting, which no rollback mends."
@@ -90,8 +102,17 @@ def _health(j: Judgement) -> tuple[Health, list[str]]:
             f"{100 * share:.0f} % are allowed."
         ]
     reasons = []
-    if j.confirmed:
-        reasons.append(f"Harm was confirmed in {_count(j.confirmed, 'row')}, and the run has come back.")
+    if last > first + _UNTRAINED_FRAC * abs(first):
+        reasons.append(
+            f"The training loss at the end, {last:.4g}, is above the first one, {first:.4g}: if training should lower "
+            "it, the learning rate was too high from the start."
+        )
+    dropped = j.proposals.get(Action.VETO, 0)
+    undone = j.confirmed - dropped
+    if undone:
+        reasons.append(f"Harm was confirmed in {_count(undone, 'row')}, and the run has come back.")
+    if dropped > max(_FEW_DROPPED, _DROPPED_FRAC * j.rows):
+        reasons.append(f"{_count(dropped, 'gradient')} were not finite, or far beyond any before.")
     now = max(_NOW_ROWS, int(_NOW_FRAC * j.rows))
     began = j.recent[-min(now, len(j.recent))].step
     latest = [event for event in j.events if event.step >= began]
@@ -108,10 +129,35 @@ def _health(j: Judgement) -> tuple[Health, list[str]]:
         if not j.suspected
         else f"{_count(j.suspected, 'row')} looked suspicious, none did harm"
     )
+    if dropped:
+        quiet += f"; {_count(dropped, 'gradient')} that should be skipped"
     gained = "" if math.isnan(g) else f"; {100 * g:.0f} % of the progress is lost at the end" if g >= 0.005 else (
         "; none of the progress is lost"
     )  # fmt: skip
     return Health.HEALTHY, [f"{quiet}{gained}."]
+
+
+def _first_and_last(j: Judgement) -> tuple[float, float]:
+    """First training loss and median of the last fifty; nan where there are too few. Held-out ones may begin late."""
+    loss = j.curves.get("loss")
+    tail = sorted(row.loss for row in j.recent[-50:] if row.loss is not None and math.isfinite(row.loss))
+    if loss is None or not loss.finite or len(tail) < 10:
+        return math.nan, math.nan
+    return loss.first, tail[len(tail) // 2]
+
+
+def _overfits(j: Judgement) -> bool:
+    """Whether the training loss has fallen since the best held-out one, and nothing but that explains the rise."""
+    probe, loss = j.curves.get("probe"), j.curves.get("loss")
+    if not j.probes or probe is None or loss is None or not len(loss.steps):
+        return False
+    best = probe.best_step
+    at_best = loss.mean[max(0, int(np.searchsorted(loss.steps, best, side="right")) - 1)]
+    end = loss.mean[-max(1, len(loss.mean) // 20) :].mean()
+    later = [event for event in j.events if event.step > best]
+    told = any("overfitting" in event.detectors for event in later)
+    shaken = any(_SHAKEN.intersection(event.detectors) for event in later)
+    return bool(end < at_best) and (told or not shaken)
 
 
 def _not_finite(j: Judgement) -> str | None:
@@ -151,6 +197,9 @@ def _advice(j: Judgement, health: Health) -> Iterator[str]:
     for event in j.events:
         for detector in event.detectors:
             counts[detector] = counts.get(detector, 0) + 1
+    probe = j.curves.get("probe")
+    if j.probes and probe is not None and probe.finite and (health is not Health.HEALTHY or "overfitting" in counts):
+        yield f"The best held-out loss was {probe.best:.4g}, at step {probe.best_step:,.0f}: keep a checkpoint near it."
     rollback = next((e for e in reversed(j.events) if e.proposed in (Action.ROLLBACK, Action.HALT)), None)
     if health in (Health.HARMED, Health.DIVERGED) and rollback is not None and rollback.restore is not None:
         yield f"Go back to a checkpoint from step {rollback.restore:,} or before."

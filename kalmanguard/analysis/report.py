@@ -73,7 +73,7 @@ def _run(run: Analysis) -> dict[str, Any]:
             lost = f"; not finite {curve.lost_count:,} times" if curve.lost_count else ""
             facts.append((label, f"{_number(curve.first)} at first, {best}{_number(curve.last)} last{lost}"))
     if not math.isnan(j.give_back):
-        facts.append(("Progress lost at the end", f"{100 * j.give_back:.1f} %"))
+        facts.append(("Progress lost at the end", f"{100 * j.give_back:.1f} %" if j.give_back < 1.0 else "all of it"))
     if j.restarts:
         facts.append(("Restarts", ", ".join(f"step {step:,}" for step in j.restarts[:10])))
     return {

@@ -158,7 +158,7 @@ def _tell_run(people: Console, run: Analysis) -> None:
     people.print(Text(" ".join(run.verdict.reasons)))
     facts = Table.grid(padding=(0, 2))
     facts.add_row("Source", Text(f"{run.path} ({run.format})"))
-    facts.add_row("Rows", f"{j.rows:,}, steps {j.first_step:,} to {j.last_step:,}")
+    facts.add_row("Logged", f"{j.rows:,} rows, steps {j.first_step:,} to {j.last_step:,}")
     for name, label in (("loss", "Training loss"), ("probe", "Held-out loss"), ("gradient_norm", "Gradient norm")):
         curve = j.curves.get(name)
         if curve and curve.finite and (name != "probe" or j.probes):
@@ -168,7 +168,7 @@ def _tell_run(people: Console, run: Analysis) -> None:
                 high=float(curve.mean.max()), blocks=blocks_fit(people),
             )  # fmt: skip
             facts.add_row(label, Text.assemble(f"{curve.first:.4g} to {curve.last:.4g}  ", (line, "cyan")))
-    facts.add_row("Suspicious", f"{j.suspected:,} rows, {j.episodes:,} stretches; {j.confirmed:,} confirmed")
+    facts.add_row("Rows", f"{j.suspected:,} suspicious, {j.confirmed:,} confirmed; stretches of either: {j.episodes:,}")
     for estimate in run.estimates:
         facts.add_row(Text(estimate.name), Text(estimate.text))
     for note in run.notes:
@@ -178,7 +178,9 @@ def _tell_run(people: Console, run: Analysis) -> None:
     if incidents:
         people.print("\n[bold]What happened[/bold]")
         told = Table.grid(padding=(0, 2))
-        for incident in incidents[:_INCIDENTS]:
+        # What was confirmed is told before what was only looked at.
+        told_first = sorted(incidents, key=lambda incident: not incident.proposals)[:_INCIDENTS]
+        for incident in sorted(told_first, key=lambda incident: incident.first):
             span = f"{incident.first:,}" + (f" to {incident.last:,}" if incident.last != incident.first else "")
             told.add_row(span, Text(f"{incident.message}; it {run.verb} {incident.deed}"))
         people.print(told)

@@ -35,14 +35,14 @@ def compare(
 
     - 2: fewer than two runs can be read, or they have no loss in common
     """
-    from kalmanguard.analysis.analysis import Analyses
+    from kalmanguard.analysis.analysis import in_order
     from kalmanguard.analysis.comparison import compare as put_together
     from kalmanguard.analysis.report import write_report
 
     people = console(as_json=as_json)
     runs = [run for path in paths for run in read(people, path, None, column, settings)]
     comparison = put_together(runs)
-    written = None if report is None else write_report(Analyses(tuple(runs)), report)
+    written = None if report is None else write_report(in_order(runs), report)
     if as_json:
         emit(comparison.to_dict())
         return
