@@ -1,8 +1,8 @@
 """The supervisor in a Hugging Face Trainer: real training of tiny transformers on the standard library's own text.
 
-Oracles: the bare run (bit for bit, while nothing is wrong or nothing may be done), the states that a second callback has
-recorded after every step (a rollback is exact or it is none), the uninterrupted run (for one that resumes), and what the
-Trainer itself logs (losses, gradient norms).
+Oracles: the bare run (bit for bit, while nothing is wrong or nothing may be done), the states that a second callback
+has recorded after every step (a rollback is exact or it is none), the uninterrupted run (for one that resumes), and
+what the Trainer itself logs (losses, gradient norms).
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc, name-defined
 
 
 class Faults(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
-    def __init__(self, injector: FaultInjector) -> None:
-        self.injector = injector
+    def __init__(self, injector: FaultInjector, *, first_step: int = 1) -> None:
+        self.injector, self.first_step = injector, first_step
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        self.injector.attach(model, optimizer.optimizer)
+        self.injector.attach(model, optimizer.optimizer, first_step=self.first_step)
 
 
 def weights(model: nn.Module) -> bytes:
@@ -88,9 +88,15 @@ def weights(model: nn.Module) -> bytes:
 
 
 def trainer_of(
-    folder: Path, callbacks: list[Any] | None = None, *, model: nn.Module | None = None, steps: int = 60, **options: Any
+    folder: Path,
+    callbacks: list[Any] | None = None,
+    *,
+    model: nn.Module | None = None,
+    data: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    steps: int = 60,
+    **options: Any,
 ) -> Any:
-    train, held_out = windows()
+    train, held_out = ([data(row) for row in rows] for rows in windows())
     random.seed(0)
     np.random.seed(0)
     arguments: dict[str, Any] = {
@@ -122,7 +128,11 @@ def logged(trainer: Any) -> list[dict[str, Any]]:
 
 
 def streams() -> list[Any]:
-    return [torch.get_rng_state().tolist(), random.getstate(), [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]]
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()],
+    ]
 
 
 def moments(trainer: Any) -> list[bytes]:
@@ -167,15 +177,12 @@ def test_a_clean_run_is_the_bare_run(mode: str, options: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_journal_holds_the_loss_and_the_norm_before_clipping(accumulation: int, tmp_path: Path) -> None:
     callback = guard(mode="observe")
-    trainer = trainer_of(
-        tmp_path, [callback], steps=20, gradient_accumulation_steps=accumulation, max_grad_norm=0.1
-    )
+    trainer = trainer_of(tmp_path, [callback], steps=20, gradient_accumulation_steps=accumulation, max_grad_norm=0.1)
     trainer.train()
     folder = tmp_path / "_kalmanguard"
     with JournalReader(folder) as reader:
-        rows = list(reader.rows())
-        steps = [row.measurement() for row in rows if row.kind == "step"]
-        facts = [row.data() for row in rows if row.kind == "note"]
+        steps = [m for m, _ in reader.steps()]
+        facts = [row.data() for row in reader.rows("note")]
     told = [entry for entry in logged(trainer) if "loss" in entry]
     measured = [m for m in steps if m.gradient_norm is not None]
     assert len(measured) == len(told) == 20
@@ -205,6 +212,309 @@ def test_the_probe_is_the_shifted_loss_of_each_sequence(tmp_path: Path) -> None:
     expected = [float(F.cross_entropy(row[:-1], ids[1:])) for row, ids in zip(logits, held_out, strict=True)]
     trainer_of(tmp_path, [callback], model=model, steps=1).train()
     with JournalReader(tmp_path / "_kalmanguard") as reader:
-        first = next(row.measurement() for row in reader.rows() if row.kind == "step")
+        first, _ = next(reader.steps())
     assert first.probe is not None
     assert first.probe.losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# -- something is wrong ------------------------------------------------------------------------------------------------
+
+
+def struck(folder: Path, faults: Callable[[FaultInjector], object], **options: Any) -> tuple[Any, Any, Recorder]:
+    """A protected run in which something happens; the supervisor, the Trainer, and the states after each step."""
+    injector = FaultInjector(seed=0)
+    faults(injector)
+    callback, recorder = guard(), Recorder()
+    trainer = trainer_of(folder, [Faults(injector), callback, recorder], **options)
+    try:
+        trainer.train()
+    finally:
+        injector.detach()
+    return callback, trainer, recorder
+
+
+def rolled_back(callback: KalmanGuardCallback) -> list[Decision]:
+    return [decision for decision in callback.decisions if decision.rolled_back]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_gradient_that_is_not_finite_is_dropped_before_it_acts(accumulation: int, tmp_path: Path) -> None:
+    callback, trainer, recorder = struck(
+        tmp_path, lambda injector: injector.at(40).nan_gradient(), gradient_accumulation_steps=accumulation
+    )
+    vetoed = [decision for decision in callback.decisions if decision.action is Action.VETO]
+    assert [decision.step for decision in vetoed] == [40]
+    assert recorder.states[40] == recorder.states[39]
+    assert recorder.states[41] != recorder.states[40]
+    assert trainer.state.global_step == 60
+    assert not rolled_back(callback)
+    assert callback.supervisor.statistics()["errors"] == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    "fault",
+    [lambda injector: injector.lr_spike(100.0, steps=4), lambda injector: injector.bit_flip(match="wte")],
+    ids=["lr-spike", "bit-flip"],
+)
+def test_what_damages_the_weights_is_undone_bit_for_bit(
+    fault: Callable[[FaultInjector], object], accumulation: int, tmp_path: Path
+) -> None:
+    callback, trainer, recorder = struck(
+        tmp_path,
+        lambda injector: fault(injector.at(41)),
+        steps=70,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=8 // accumulation,
+    )
+    undone = rolled_back(callback)
+    assert undone
+    for decision in undone:
+        assert decision.restored_step is not None
+        assert recorder.states[decision.step] == recorder.states[decision.restored_step]
+    assert 0 < undone[0].restored_step <= 40 < undone[0].step <= 48
+    with JournalReader(tmp_path / "_kalmanguard") as reader:
+        outcomes = [row.data() for row in reader.rows("outcome")]
+    assert len(outcomes) >= len(undone)
+    assert all(found["digest_expected"] == found["digest_actual"] is not None for found in outcomes)
+    assert trainer.state.global_step == 70
+    final = [entry["loss"] for entry in logged(trainer) if "loss" in entry][-5:]
+    assert float(np.mean(final)) < 3.2
+    assert callback.certificate is not None
+    assert not any(claim.status == "FAILED" for claim in callback.certificate.claims)
+    assert replay(tmp_path / "_kalmanguard").identical
+
+
+def broken() -> FaultInjector:
+    """Something that never ends: all weights are tripled in every step."""
+    injector = FaultInjector(seed=0)
+    for step in range(41, 100):
+        injector.at(step).weight_scale(3.0)
+    return injector
+
+
+def test_a_halt_stops_training_with_the_best_certified_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    injector = broken()
+    callback, recorder = guard(rollback_budget=2), Recorder()
+    trainer = trainer_of(tmp_path, [Faults(injector), callback, recorder], steps=100)
+    with caplog.at_level(logging.WARNING, logger="kalmanguard"):
+        trainer.train()
+    injector.detach()
+    last = callback.decisions[-1]
+    assert (last.action, last.mode) == (Action.HALT, Mode.HALTED)
+    assert trainer.state.global_step == last.step < 100
+    assert last.restored_step is not None
+    assert weights(trainer.model) == recorder.states[last.restored_step]
+    assert f"training stops here; the model is that of step {last.restored_step}" in caplog.text
+
+
+def test_a_halt_is_an_exception_for_those_who_say_so(tmp_path: Path) -> None:
+    injector = broken()
+    callback = guard(rollback_budget=2, on_halt="raise")
+    trainer = trainer_of(tmp_path, [Faults(injector), callback], steps=100)
+    with pytest.raises(TrainingHalted):
+        trainer.train()
+    injector.detach()
+    assert callback.decisions[-1].action is Action.HALT
+    assert "training_step" not in vars(trainer)
+    with JournalReader(tmp_path / "_kalmanguard") as reader:
+        assert reader.complete
+
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+
+def essence(decision: Decision) -> tuple[Any, ...]:
+    """What was decided, and every number that the engine has decided it on but the drift test's wealth."""
+    numbers = tuple(None if np.isnan(x) else x for i, x in enumerate(decision.statistics) if not 10 <= i < 14)
+    return decision.step, decision.action, decision.proposed, decision.level, decision.mode, decision.reason, numbers
+
+
+@pytest.mark.parametrize("mode", ["observe", "protect"])
+def test_a_resumed_run_decides_as_the_one_that_was_not_interrupted(mode: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "steps": 90,
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "gradient_accumulation_steps": 2,
+    }
+    whole = guard(mode=mode)
+    uninterrupted = trainer_of(tmp_path / "run", [whole], **options)
+    uninterrupted.train()
+    again = guard(mode=mode)
+    resumed = trainer_of(tmp_path / "run", [again], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-50"))
+    assert weights(resumed.model) == weights(uninterrupted.model)
+    assert moments(resumed) == moments(uninterrupted)
+    assert [essence(d) for d in again.decisions] == [essence(d) for d in whole.decisions[50:]]
+    assert {d.level for d in again.decisions} <= {Level.NOMINAL, Level.SUSPECT}
+    # A run of its own, that verifies and replays.
+    assert not any(claim.status == "FAILED" for claim in verify(tmp_path / "run" / "_kalmanguard-2").claims)
+    assert replay(tmp_path / "run" / "_kalmanguard-2").identical
+
+
+def test_a_resumed_run_is_protected(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 70, "save_strategy": "steps", "save_steps": 40}
+    trainer_of(tmp_path, [guard()], **options).train()
+    injector = FaultInjector(seed=0)
+    injector.at(57).bit_flip(match="wte")
+    callback, recorder = guard(), Recorder()
+    resumed = trainer_of(tmp_path, [Faults(injector, first_step=41), callback, recorder], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+    injector.detach()
+    undone = rolled_back(callback)
+    assert undone
+    first = undone[0]
+    assert first.restored_step is not None
+    assert 40 < first.restored_step < 57 <= first.step
+    assert recorder.states[first.step - 40] == recorder.states[first.restored_step - 40]
+
+
+def test_a_checkpoint_without_a_fitting_state_is_warned_about(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 20, "save_strategy": "steps", "save_steps": 10}
+    trainer_of(tmp_path, [], **options).train()
+    callback = guard()
+    resumed = trainer_of(tmp_path, [callback], **options)
+    with pytest.warns(UserWarning, match="holds no state of a supervisor; supervision begins anew"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert [decision.step for decision in callback.decisions] == list(range(1, 11))
+    (tmp_path / "checkpoint-10" / "kalmanguard.json").write_text("[")
+    with pytest.raises(SnapshotError, match="cannot be read"):
+        trainer_of(tmp_path, [guard(strict=True)], **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-10")
+        )
+
+
+def test_a_run_that_dies_says_so_and_the_next_one_is_another(tmp_path: Path) -> None:
+    class Dies(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                model.register_forward_pre_hook(self.die)
+
+        def die(self, module: nn.Module, args: Any) -> None:
+            raise ZeroDivisionError("of the user's own")
+
+    callback = guard()
+    trainer = trainer_of(tmp_path, [callback, Dies()], steps=10)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert "training_step" not in vars(trainer)
+    with JournalReader(tmp_path / "_kalmanguard") as reader:
+        assert not reader.complete
+        assert reader.last.step == 5
+    trainer_of(tmp_path, [callback], steps=10).train()
+    assert [decision.step for decision in callback.decisions] == list(range(1, 11))
+    with JournalReader(tmp_path / "_kalmanguard-2") as reader:
+        assert reader.complete
+
+
+# -- in company --------------------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_and_the_best_model_are_as_without(tmp_path: Path) -> None:
+    options = {
+        "steps": 80, "eval_strategy": "steps", "eval_steps": 8, "save_strategy": "steps", "save_steps": 8,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    ends = []
+    for name, callbacks in (("bare", []), ("watched", [guard(mode="observe")])):
+        stopping = transformers.EarlyStoppingCallback(early_stopping_patience=1)
+        trainer = trainer_of(tmp_path / name, [stopping, *callbacks], **options)
+        trainer.train()
+        best = Path(trainer.state.best_model_checkpoint).name
+        ends.append((trainer.state.global_step, best, weights(trainer.model), logged(trainer), streams()))
+    assert ends[0] == ends[1]
+    assert ends[0][0] < 80
+
+
+class LoRA(nn.Module):
+    """A frozen linear map and a trained one of low rank beside it, as PEFT makes them (``Conv1D`` of GPT-2)."""
+
+    def __init__(self, base: nn.Module, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base
+        inputs, outputs = base.weight.shape
+        self.lora_A = nn.Parameter(torch.randn(inputs, rank) / 8)
+        self.lora_B = nn.Parameter(torch.zeros(rank, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.lora_A @ self.lora_B  # type: ignore[no-any-return]
+
+
+def adapted(folder: Path) -> nn.Module:
+    """A model of the text, frozen, with adapters for another task: the same text in capitals."""
+    base = trainer_of(folder, steps=60)
+    base.train()
+    model: nn.Module = base.model
+    model.requires_grad_(False)
+    for block in model.transformer.h:
+        block.attn.c_attn, block.mlp.c_fc = LoRA(block.attn.c_attn), LoRA(block.mlp.c_fc)
+        block.attn.c_proj, block.mlp.c_proj = LoRA(block.attn.c_proj), LoRA(block.mlp.c_proj)
+    return model
+
+
+def capitals(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    ids = row["input_ids"]
+    ids = torch.where((ids >= ord("a")) & (ids <= ord("z")), ids - 32, ids)
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_a_frozen_base_is_kept_once_and_its_adapters_are_rolled_back(tmp_path: Path) -> None:
+    model = adapted(tmp_path / "base")
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    callback, _, recorder = struck(
+        tmp_path / "tuned", lambda injector: injector.at(81).lr_spike(100.0, steps=4),
+        model=model, data=capitals, steps=110, learning_rate=3e-2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    undone = rolled_back(callback)
+    assert undone
+    for decision in undone:
+        assert decision.restored_step is not None
+        assert recorder.states[decision.step] == recorder.states[decision.restored_step]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert callback.supervisor is not None
+    slot = callback.supervisor._loop.actuator.state.bytes_per_slot()
+    assert 3 * trained <= slot < whole  # the adapters' weights and two moments
+    assert callback.supervisor.statistics()["progress"] > 0.2  # the adapters do learn
+
+
+# -- what cannot work --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_work_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be rewound in mid-epoch"):
+        KalmanGuardCallback(settings={"replay": True})
+    with pytest.raises(ConfigurationError, match="keep = 0"):
+        KalmanGuardCallback(keep=0)
+    with pytest.raises(ConfigurationError, match="there is no setting 'speed'"):
+        KalmanGuardCallback(settings={"speed": 1})
+    with pytest.raises(ConfigurationError, match="something else than a transformers Trainer"):
+        KalmanGuardCallback().on_train_begin(None, None, None)
+    trainer = trainer_of(tmp_path, [guard()])
+    trainer.eval_dataset = None
+    with pytest.raises(ConfigurationError, match="no held-out examples to probe: pass"):
+        trainer.train()
+    for dataset, message in (
+        ([], "empty"),
+        ([{"input_ids": torch.zeros(3), "labels": torch.zeros(3)}] * 4, "cannot be evaluated on the probe's examples"),
+        ([{"input_ids": torch.zeros(n, dtype=torch.long)} for n in range(1, 9)], "cannot be read and collated"),
+    ):
+        callback = KalmanGuardCallback(probe_dataset=dataset, settings=FIXED)
+        trainer = trainer_of(tmp_path, [callback])
+        with pytest.raises(ConfigurationError, match=message):
+            trainer.train()
+        assert callback.supervisor is None
+        assert "training_step" not in vars(trainer)
+
+
+def test_decisions_are_kept_in_bounded_memory() -> None:
+    log = DecisionLog(keep=5)
+    for step in range(1, 101):
+        level = Level.SUSPECT if step % 20 == 0 else Level.NOMINAL
+        decision = Decision(step, Action.ACCEPT, Action.ACCEPT, level, Mode.WATCHING, "")
+        log.add(decision)
+        log.add(decision)  # nothing has happened since
+    assert [decision.step for decision in log.all()] == [20, 40, 60, 80, 96, 97, 98, 99, 100]

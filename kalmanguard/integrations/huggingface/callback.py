@@ -138,7 +138,7 @@ class KalmanGuardCallback(TrainerCallback):
             raise ConfigurationError("The Trainer has passed no model to its callbacks; there is nothing to supervise.")
         self._abandon(None)
         self._log, self.certificate = DecisionLog(keep=self._keep), None
-        base = Path(self._run_dir) if self._run_dir is not None else Path(args.output_dir) / _FOLDER
+        base = Path(self._run_dir) if self._run_dir is not None else Path(str(args.output_dir)) / _FOLDER
         self.supervisor = supervisor = self._supervise(
             model,
             probe_batches(trainer, self._probe_dataset),
@@ -186,7 +186,7 @@ class KalmanGuardCallback(TrainerCallback):
         if self.supervisor is None or self._tap is None:
             return
         try:
-            save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.supervisor.state_dict())
+            save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.supervisor.state_dict())
         except KalmanguardError as error:
             self._warn(f"the checkpoint goes without the supervisor's state: {error}", error)
 
