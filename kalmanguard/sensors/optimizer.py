@@ -247,8 +247,10 @@ class OptimizerTap:
         if isinstance(scale, Tensor):
             # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
             present /= float(scale)
-        # What is larger now than it was when clipped, or not finite, has become so since.
-        value = present if before is None or not present <= float(before) else float(before)
+        value = present
+        # What is larger now than it was when clipped, or not a number, has become so since.
+        if before is not None and not math.isnan(present) and not float(before) <= present:
+            value = float(before)
         verdict = self._note(value, self.gate, clip=self.clip and self._protect)
         if verdict == "clipped":
             torch._foreach_mul_(gradients, min(1.0, self.gate / present))
