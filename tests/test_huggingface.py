@@ -12,7 +12,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 LENGTH = 24
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 FIXED: dict[str, Any] = {"probe_examples": 32, "fresh_examples": 64, "probe_every": 5, "snapshot_every": 10}
 
 
@@ -147,17 +148,20 @@ def guard(**changes: Any) -> KalmanGuardCallback:
 # -- nothing is wrong --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile, tracing
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
         ("observe", {}),
-        ("observe", {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "steps": 30}),
-        ("protect", {"bf16": True, "steps": 30}),
+        SLOW("observe", {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "steps": 30}),
+        SLOW("protect", {"bf16": True, "steps": 30}),
+        SLOW("protect", {"torch_compile": True, "torch_compile_backend": "eager", "steps": 30}),
+        SLOW("protect", {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}),
     ],
 )
 def test_a_clean_run_is_the_bare_run(mode: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Weights, moments, logs, evaluations in between, checkpoints' worth of random state: all of it bit for bit."""
-    options = {"eval_strategy": "steps", "eval_steps": 20, "max_grad_norm": 0.5, **options}
+    options = {"eval_strategy": "steps", "eval_steps": 20, "max_grad_norm": 0.5, "steps": 40, **options}
     bare = trainer_of(tmp_path / "bare", **options)
     bare.train()
     expected = weights(bare.model), moments(bare), logged(bare), streams()
@@ -237,7 +241,7 @@ def rolled_back(callback: KalmanGuardCallback) -> list[Decision]:
     return [decision for decision in callback.decisions if decision.rolled_back]
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, SLOW(4)])
 def test_a_gradient_that_is_not_finite_is_dropped_before_it_acts(accumulation: int, tmp_path: Path) -> None:
     callback, trainer, recorder = struck(
         tmp_path, lambda injector: injector.at(40).nan_gradient(), gradient_accumulation_steps=accumulation
@@ -251,7 +255,7 @@ def test_a_gradient_that_is_not_finite_is_dropped_before_it_acts(accumulation: i
     assert callback.supervisor.statistics()["errors"] == 0
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, SLOW(4)])
 @pytest.mark.parametrize(
     "fault",
     [lambda injector: injector.lr_spike(100.0, steps=4), lambda injector: injector.bit_flip(match="wte")],
@@ -308,6 +312,7 @@ def test_a_halt_stops_training_with_the_best_certified_state(tmp_path: Path, cap
     assert f"training stops here; the model is that of step {last.restored_step}" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_halt_is_an_exception_for_those_who_say_so(tmp_path: Path) -> None:
     injector = broken()
     callback = guard(rollback_budget=2, on_halt="raise")
@@ -330,10 +335,10 @@ def essence(decision: Decision) -> tuple[Any, ...]:
     return decision.step, decision.action, decision.proposed, decision.level, decision.mode, decision.reason, numbers
 
 
-@pytest.mark.parametrize("mode", ["observe", "protect"])
+@pytest.mark.parametrize("mode", [SLOW("observe"), "protect"])
 def test_a_resumed_run_decides_as_the_one_that_was_not_interrupted(mode: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "steps": 90,
+        "steps": 80,
         "save_strategy": "steps",
         "save_steps": 50,
         "gradient_accumulation_steps": 2,
@@ -353,6 +358,7 @@ def test_a_resumed_run_decides_as_the_one_that_was_not_interrupted(mode: str, tm
     assert replay(tmp_path / "run" / "_kalmanguard-2").identical
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_protected(tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 70, "save_strategy": "steps", "save_steps": 40}
     trainer_of(tmp_path, [guard()], **options).train()
@@ -411,6 +417,7 @@ def test_a_run_that_dies_says_so_and_the_next_one_is_another(tmp_path: Path) -> 
 # -- in company --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_early_stopping_and_the_best_model_are_as_without(tmp_path: Path) -> None:
     options = {
         "steps": 80, "eval_strategy": "steps", "eval_steps": 8, "save_strategy": "steps", "save_steps": 8,
@@ -460,6 +467,7 @@ def capitals(row: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 def test_a_frozen_base_is_kept_once_and_its_adapters_are_rolled_back(tmp_path: Path) -> None:
     model = adapted(tmp_path / "base")
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

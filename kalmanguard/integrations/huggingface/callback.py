@@ -78,9 +78,10 @@ class KalmanGuardCallback(TrainerCallback):
     -----
     In observe mode the run is the bare run bit for bit: EXACT, random streams and logs included. A run that resumes
     from a Trainer's checkpoint takes the supervisor's state from it (``kalmanguard.json``) and goes on with the same
-    decisions, except that there is nothing to roll back to until the next snapshot is due, and that cadences which the
-    settings do not fix are measured anew. A checkpoint without that state, or with one of another probe set, is warned
-    about, and supervision begins anew.
+    decisions, with four exceptions: there is nothing to roll back to until the next snapshot is due, the drift test's
+    wealth begins anew, a suspicion that was being watched is dropped, and cadences which the settings do not fix are
+    measured anew. A checkpoint without that state, or with one of another probe set, is warned about, and supervision
+    begins anew.
 
     Examples
     --------
