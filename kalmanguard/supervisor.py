@@ -11,7 +11,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -301,6 +301,30 @@ class Supervisor:
             self._ended = now
         self._announce(decision)
         return decision
+
+    def clipped_from(self, norm: Tensor | float) -> None:
+        """Tell the norm that the gradient had before it was clipped; call between clipping and ``optimizer.step()``.
+
+        Without it the gradient is seen as the optimizer gets it, which after clipping is nearly always the same norm.
+
+        Parameters
+        ----------
+        norm
+            What ``torch.nn.utils.clip_grad_norm_`` returns; on an accelerator it is not waited for here.
+        """
+        self._loop.tap.clipped_from = norm
+
+    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write facts about the run into its journal, which says them with all else: a recipe, a data set's version.
+
+        Parameters
+        ----------
+        name
+            What they are about.
+        facts
+            Plain values that JSON can hold.
+        """
+        self._loop.journal.record("note", self.step, {"about": name, "facts": dict(facts)})
 
     # -- by hand -------------------------------------------------------------------------------------------------
 
@@ -629,6 +653,7 @@ class Supervisor:
         loop.tally = Counter({str(k): int(v) for k, v in state["tally"].items()})
         ceiling = float(state.get("rate_ceiling", 1.0))
         loop.resume_at(int(state["step"]), int(state["objective"]), loaded._replace(ledger=ledger, saved=()))
+        loop.tap.begun = True  # the first reading was taken in the run that the state comes from
         loop.actuator.rate_ceiling = ceiling
         # All that a replay needs to go on from here.
         record = {
@@ -785,6 +810,8 @@ class Supervisor:
         state = statefile.load(meta["engine"])
         estimators = dict(state.saved).get(step, state.estimators)
         self.load_state_dict({**meta, "engine": statefile.dump(state._replace(estimators=estimators))})
+        # What was restored is known to be good: it is probed and captured again before it is trained on.
+        loop.tap.begun = False
 
     def _abandon(self) -> None:
         self._closed = True

@@ -53,6 +53,20 @@ def test_every_block_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: py
         exec(compile(block, f"docs/{page}.md, block {number}", "exec"), namespace)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers and accelerate themselves
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_page_on_integrations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks("docs/integrations.md"), 1):
+        exec(compile(block, f"docs/integrations.md, block {number}", "exec"), namespace)
+    assert len(namespace["guard"].decisions) == 40
+    assert not any(claim.status == "FAILED" for claim in namespace["guard"].certificate.claims)
+    assert (tmp_path / "out" / "checkpoint-20" / "kalmanguard.json").exists()
+    assert namespace["decision"].step == 10
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -783,6 +783,47 @@ def test_a_gradient_is_scaled_down_on_its_device(taps: list[OptimizerTap]) -> No
     assert (tap.veto, tap.gradient_norm) == ("clipped", pytest.approx(norm, rel=1e-6))
 
 
+@pytest.mark.parametrize("by_flag", [False, True])
+@pytest.mark.parametrize(
+    ("told", "gate", "clip", "verdict", "moved"),
+    [
+        (3.0, math.inf, False, None, 0.01),  # measured as it was, applied as it is
+        (3.0, 2.0, False, "explosion", 0.0),
+        (3.0, 2.0, True, "clipped", 0.01),  # it is below the gate as it is, so nothing is left to scale
+        (3.0, 0.005, True, "clipped", 0.005),
+        (math.inf, math.inf, False, "nonfinite", 0.0),
+        (math.nan, math.inf, False, "nonfinite", 0.0),
+        (0.001, math.inf, False, None, 0.01),  # it has grown since: then it is what it is
+    ],
+)
+def test_a_clipped_gradient_is_judged_by_what_it_was(
+    told: float, gate: float, clip: bool, verdict: str | None, moved: float, by_flag: bool, taps: list[OptimizerTap]
+) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=1e-30, fused=True)
+    tap = OptimizerTap(model.parameters(), by_flag=by_flag)
+    taps.append(tap)
+    gradients(model, 0)
+    optimizer.step()
+    tap.reset()
+    gradients(model, 1)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    tap.gate, tap.clip, tap.clipped_from = gate, clip, torch.tensor(told)
+    optimizer.step()
+    tap.read()
+    assert tap.veto == verdict
+    assert tap.gradient_norm == pytest.approx(max(told, 0.01), rel=1e-4, nan_ok=True)
+    after = total_norm([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    assert after == pytest.approx(moved, rel=1e-3)
+    # It was said of that one step.
+    tap.reset()
+    tap.gate = math.inf
+    optimizer.step()
+    tap.read()
+    assert tap.gradient_norm == pytest.approx(min(0.01, gate) if clip else 0.01, rel=1e-3)
+
+
 class Acting:
     active = True
 

@@ -39,16 +39,26 @@ def can_skip(optimizer: Optimizer) -> bool:
     )
 
 
-def flag(optimizer: Optimizer, gradients: Sequence[Tensor], *, gate: float, clip: bool) -> tuple[Flagged, Tensor]:
+def flag(
+    optimizer: Optimizer,
+    gradients: Sequence[Tensor],
+    *,
+    gate: float,
+    clip: bool,
+    clipped_from: float | Tensor | None = None,
+) -> tuple[Flagged, Tensor]:
     """Have the coming step skipped if its gradient is not finite or beyond ``gate``; ``clip`` scales it down instead.
 
-    Nothing waits for the device; `unflag` with what is returned second, after the step.
+    ``clipped_from`` is the gradient's norm before the user clipped it, by which it is judged then. Nothing waits for
+    the device; `unflag` with what is returned second, after the step.
     """
-    norm = norm_in_place(gradients)
+    present = norm = norm_in_place(gradients)
+    if clipped_from is not None:
+        norm = torch.maximum(present, torch.as_tensor(clipped_from, dtype=present.dtype, device=present.device))
     wrong = ~torch.isfinite(norm)
     if math.isfinite(gate):
         if clip:
-            torch._foreach_mul_(list(gradients), (gate / norm).clamp(max=1.0))
+            torch._foreach_mul_(list(gradients), (gate / present).clamp(max=1.0))
         else:
             wrong |= norm > gate
     set_flag = wrong.to(torch.float32)

@@ -133,11 +133,14 @@ def _matching(logits: Tensor, target: Tensor, loss: Tensor) -> Tensor | None:
         forms.append((logits, target))
         if target.ndim == 2 and target.shape[1] > 1:
             forms.append((logits[:, :-1], target[:, 1:]))
-    for values, wanted in forms:
-        mean = F.cross_entropy(values.reshape(-1, values.shape[-1]).float(), wanted.reshape(-1), ignore_index=_IGNORE)
-        if torch.allclose(mean, loss.float(), rtol=1e-3, atol=1e-4):
-            return _cross_entropy(values, wanted)
-    return None
+    means = [
+        F.cross_entropy(values.reshape(-1, values.shape[-1]).float(), wanted.reshape(-1), ignore_index=_IGNORE)
+        for values, wanted in forms
+    ]
+    # The nearest one: before training all of them may be near the logarithm of the number of classes.
+    near = [i for i, mean in enumerate(means) if torch.allclose(mean, loss.float(), rtol=1e-3, atol=1e-4)]
+    best = min(near, key=lambda i: float((means[i] - loss.float()).abs()), default=None)
+    return None if best is None else _cross_entropy(*forms[best])
 
 
 def _by_user(output: Any, target: Any, loss_fn: LossFn, size: int) -> Tensor | None:

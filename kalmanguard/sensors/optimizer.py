@@ -62,6 +62,11 @@ class OptimizerTap:
 
     Attributes
     ----------
+    begun
+        Whether the first step was seen, so that ``before_first_step`` is not called any more.
+    clipped_from
+        Norm that the gradient of the coming step had before the user clipped it, when told; the step is measured and
+        judged by it, for what was clipped looks like any other gradient. Only the next optimizer to step is meant.
     last_rates
         Learning rates of the step before, per param group, by the ``id`` of the optimizer.
     other_ended_s
@@ -98,7 +103,7 @@ class OptimizerTap:
         self._unread: list[Flagged] = []
         self.brace_norm = self.brace_rate = math.inf
         self._rates_of: dict[int, tuple[float, ...]] = {}
-        self._begun = False
+        self.begun = False
         self.effects: list[StepEffect] = []
         self.gate = math.inf
         self.clip = False
@@ -138,6 +143,7 @@ class OptimizerTap:
         self.steps = 0
         self._square = 0.0
         self._seen_gradient = False
+        self.clipped_from: float | Tensor | None = None
         self.veto: str | None = None
         self.last_rates, self._rates_of = self._rates_of, {}
         self.rates: tuple[float, ...] = ()
@@ -204,8 +210,8 @@ class OptimizerTap:
         # Left from a step that an exception has ended before its post-hooks ran.
         self._stashed.pop(id(optimizer), None)
         self._unflag(optimizer)
-        if not self._begun:
-            self._begun = True
+        if not self.begun:
+            self.begun = True
             if self._before_first_step is not None:
                 self._before_first_step()
         if self.steps == 0 and self._before_step is not None:
@@ -230,19 +236,24 @@ class OptimizerTap:
         gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
         if not gradients:
             return
+        before, self.clipped_from = self.clipped_from, None
         if self._skips_by_flag(optimizer, gradients):
-            judged, set_flag = flag(optimizer, gradients, gate=self.gate, clip=self.clip)
+            judged, set_flag = flag(optimizer, gradients, gate=self.gate, clip=self.clip, clipped_from=before)
             self._flagged[id(optimizer)] = (optimizer, set_flag)
             self._unread.append(judged)
             return
-        value = total_norm(gradients)
+        present = total_norm(gradients)
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
-            value /= float(scale)
+            present /= float(scale)
+        value = present
+        # What is larger now than it was when clipped, or not a number, has become so since.
+        if before is not None and not math.isnan(present) and not float(before) <= present:
+            value = float(before)
         verdict = self._note(value, self.gate, clip=self.clip and self._protect)
         if verdict == "clipped":
-            torch._foreach_mul_(gradients, self.gate / value)
+            torch._foreach_mul_(gradients, min(1.0, self.gate / present))
         if verdict in (None, "clipped"):
             return
         if self._protect:

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: kalmanguard's parts as callbacks. Needs ``pip install 'kalmanguard[huggingface]'``."""
+"""The spectral thermostat as a callback of a Trainer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 from kalmanguard.actuators.thermostat import SpectralThermostat
 from kalmanguard.errors import ConfigurationError
-
-try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ImportError as error:
-    raise ConfigurationError(
-        "kalmanguard.integrations.huggingface needs transformers and accelerate, which cannot be imported "
-        f"({error}); install them with: pip install 'kalmanguard[huggingface]'."
-    ) from error
+from kalmanguard.integrations.huggingface.tap import torch_optimizer
 
 
 class SpectralThermostatCallback(TrainerCallback):
@@ -76,14 +70,7 @@ class SpectralThermostatCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach a new thermostat."""
-        while not isinstance(optimizer, Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
-            inner = getattr(optimizer, "optimizer", None)
-            if inner is None or inner is optimizer:
-                raise ConfigurationError(
-                    f"The Trainer's optimizer is {type(optimizer).__name__}, with no torch optimizer beneath it; "
-                    "the spectral thermostat cannot attach itself to that."
-                )
-            optimizer = inner
+        optimizer = torch_optimizer(optimizer, "the spectral thermostat")
         if model is None:
             raise ConfigurationError("The Trainer has passed no model to its callbacks; there is nothing to regulate.")
         self._close()

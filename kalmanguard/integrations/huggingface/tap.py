@@ -1,0 +1,149 @@
+"""What a Trainer does not tell its callbacks: itself, the loss of a step, the gradient norm before clipping."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, final
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kalmanguard.errors import ConfigurationError
+
+
+def calling_trainer(callback: object) -> tuple[Any, str | None]:
+    """The Trainer whose event is being handled, and the checkpoint that it resumes from.
+
+    A Trainer passes neither to its callbacks, so they are read off the call stack: it is the first object that owns
+    ``callback`` and calls from below.
+
+    Raises
+    ------
+    ConfigurationError
+        No Trainer is calling.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        handler = getattr(owner, "callback_handler", None)
+        if hasattr(owner, "training_step") and any(one is callback for one in getattr(handler, "callbacks", ())):
+            return owner, frame.f_locals.get("resume_from_checkpoint")
+        frame = frame.f_back
+    raise ConfigurationError(
+        f"{type(callback).__name__} is called by something else than a transformers Trainer that it belongs to; pass "
+        "it as Trainer(..., callbacks=[...]) or to trainer.add_callback."
+    )
+
+
+def torch_optimizer(optimizer: Any, purpose: str) -> Optimizer:
+    """The torch optimizer beneath accelerate's.
+
+    Raises
+    ------
+    ConfigurationError
+        There is none (DeepSpeed has its own).
+    """
+    while not isinstance(optimizer, Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer:
+            raise ConfigurationError(
+                f"The Trainer's optimizer is {type(optimizer).__name__}, with no torch optimizer beneath it; "
+                f"{purpose} cannot attach itself to that."
+            )
+        optimizer = inner
+    return optimizer
+
+
+@final
+class TrainerTap:
+    """Listen to a Trainer's ``training_step`` and its accelerator's ``clip_grad_norm_``; nothing of theirs is changed.
+
+    Parameters
+    ----------
+    trainer
+        The Trainer; only this object's methods are wrapped, and `close` unwraps them.
+    clipped_from
+        Called with the gradient norm before clipping, of every optimizer step.
+    died
+        Called with what ends a training step as an exception, before it goes on its way.
+
+    Notes
+    -----
+    A Trainer scales the losses of a step's micro-batches so that their sum is the loss of the step; a loss that is not
+    finite stays so here, though ``logging_nan_inf_filter`` takes it out of the log. The sum is formed where the losses
+    lie, and nothing waits for it.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        clipped_from: Callable[[Tensor | float], None],
+        died: Callable[[BaseException], None],
+    ) -> None:
+        self._loss: Tensor | None = None
+        self._batches: list[Any] = []
+        self._clipped_from, self._died = clipped_from, died
+        self._closed = False
+        self._undo = [
+            _wrap(trainer, "training_step", self._training_step),
+            _wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm),
+        ]
+
+    def take(self) -> tuple[Tensor | None, Any]:
+        """The loss of the step, and its batch if there was only one; both are forgotten here."""
+        loss, batches = self._loss, self._batches
+        self._loss, self._batches = None, []
+        return loss, batches[0] if len(batches) == 1 else None
+
+    def close(self) -> None:
+        """Unwrap the methods; harmless when repeated."""
+        self._closed = True
+        while self._undo:
+            self._undo.pop()()
+
+    def _training_step(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._closed:
+            return method(*args, **kwargs)
+        try:
+            loss = method(*args, **kwargs)
+        except BaseException as error:
+            self._died(error)
+            raise
+        if isinstance(loss, Tensor):
+            part = loss.detach().float()
+            self._loss = part if self._loss is None else self._loss + part
+        self._batches.append(kwargs["inputs"] if "inputs" in kwargs else args[1] if len(args) > 1 else None)
+        return loss
+
+    def _clip_grad_norm(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        norm = method(*args, **kwargs)
+        euclidean = (args[2] if len(args) > 2 else kwargs.get("norm_type", 2)) == 2
+        if not self._closed and euclidean and isinstance(norm, Tensor | float):
+            self._clipped_from(norm)
+        return norm
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Put ``around(method, ...)`` in the place of a method of one object; returns what takes it away again."""
+    method = getattr(owner, name)
+    own = name in vars(owner)
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not wrapped:
+            return  # somebody has wrapped it again, and calls us: we do nothing any more
+        if own:
+            setattr(owner, name, method)
+        else:
+            delattr(owner, name)
+
+    return undo
