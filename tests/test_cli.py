@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -498,9 +499,11 @@ def test_demo_survives_whatever_becomes_of_the_faulted_run(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_demonstration_itself_in_two_minutes(tmp_path: Path) -> None:
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = in_a_new_process("demo", "--out", tmp_path / "out", "--json", cwd=tmp_path, without_torch=False)
-    assert time.monotonic() - started < 120
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: a machine that is busy with something else must not fail it.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
     assert done.returncode == 0, done.stderr
     outcomes = {outcome["name"]: outcome for outcome in json.loads(done.stdout)["outcomes"]}
     assert outcomes["faulted"]["held_out_loss"] is None
