@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from kalmanguard import Engine, Measurement, ProbeReading, Settings, Supervisor
+from kalmanguard.analysis import Trajectory
 from kalmanguard.analysis.decimation import Decimator
 from kalmanguard.analysis.estimates import estimates
 from kalmanguard.analysis.health import Health, first_confirmed, verdict
@@ -80,6 +81,16 @@ def test_a_spike_is_flagged_at_its_second_or_third_value(seed: int) -> None:
     flagged = [event.step for event in result.events]
     assert flagged[0] in (2020, 2030)
     assert "gradient" in result.events[0].detectors
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_spike_on_a_plateau_is_flagged_as_well(seed: int) -> None:
+    """Where nothing is gained there is no envelope yet, which must not mute the trends."""
+    rng = np.random.default_rng(seed)
+    losses = [*(2.2 + 0.02 * rng.normal(size=200)), *(loss for _, loss in SPIKE)]
+    norms = [*(0.25 * np.exp(0.15 * rng.normal(size=200))), *(norm for norm, _ in SPIKE)]
+    result = Trajectory.from_arrays(loss=losses, gradient_norm=norms).judge()
+    assert result.events[0].step in (202, 203)
 
 
 def test_false_suspicions_of_a_healthy_log_are_rare() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from kalmanguard.analysis.decimation import Curve, Decimator
 from kalmanguard.detectors.drift import DriftState
 from kalmanguard.engine import STATISTICS, Engine, EngineState
-from kalmanguard.estimators.bank import Estimators
+from kalmanguard.estimators.bank import CHANNELS, Estimators
 from kalmanguard.records import Action, Decision, FloatArray, Level, Measurement, Orders, Outcome, ProbeReading
 from kalmanguard.settings import Settings
 
@@ -248,11 +248,19 @@ class Judge:
         foresight = self._engine.observe(self._state, m)
         self._unseen += foresight.wants_probe and m.probe is None
         self._state, decision = self._engine.decide(foresight, m.probe)
+        decision = self._heard(decision)
         self._orders = decision.orders
         self._rows += 1
         self._last = logged.step
         self._note(logged, m.probe, decision)
         return decision
+
+    def _heard(self, decision: Decision) -> Decision:
+        """A log may begin on a plateau: the envelope needs progress, but the trends know enough without it."""
+        ready = decision.level is Level.WARMUP and self._clock.now > self.settings.warmup_steps
+        if self._journal or not ready or not any(e.fired and e.detector in CHANNELS for e in decision.evidence):
+            return decision
+        return replace(decision, level=Level.SUSPECT)
 
     def _stood_in(self, m: Measurement) -> Measurement:
         if self._losses is None or m.loss is None:
