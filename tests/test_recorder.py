@@ -70,6 +70,14 @@ def test_a_recording_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert Trajectory.load(path).series("loss")[0].tolist() == [1, 2, 3, 10]
 
 
+def test_a_recording_goes_on_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"step":1,"loss":2.0}\n{"step":2,"los', encoding="utf-8")
+    with Trajectory.record(path, append=True) as recorder:
+        recorder.log(loss=0.5)
+    assert Trajectory.load(path).series("loss")[1].tolist() == [2.0, 0.5]
+
+
 def test_what_is_no_number_is_left_out_and_training_goes_on(tmp_path: Path) -> None:
     with Trajectory.record(tmp_path / "run.jsonl") as recorder:
         with pytest.warns(UserWarning, match="is no number"):

@@ -384,6 +384,24 @@ def test_a_logger_with_a_row_for_each_kind_of_value(tmp_path: Path, rows: list[d
     assert "learning_rate" in trajectory.channels
 
 
+def test_a_run_in_two_files_keeps_both(tmp_path: Path) -> None:
+    for name, steps, value in (("a", range(1, 501), 1.0), ("b", range(401, 901), 2.0)):
+        lines = [json.dumps({"run": 1700000001, "step": s, "loss": value}) for s in steps]
+        lines += [json.dumps({"run": 1700000002, "step": 1, "loss": 9.0})]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    runs = Trajectory.load_all(tmp_path)
+    assert sorted(runs) == ["1700000001", "1700000002"]
+    steps, values = runs["1700000001"].series("loss")
+    assert steps.tolist() == list(range(1, 901))
+    assert values.tolist() == [1.0] * 400 + [2.0] * 500
+
+
+def test_values_without_a_square_are_not_finite() -> None:
+    loss = np.ones(300)
+    loss[200] = 1e308
+    assert Trajectory.from_arrays(loss=loss).judge().events[0].detectors == ("loss-finite",)
+
+
 def test_gaps_are_told() -> None:
     steps = [*range(1, 100), *range(5000, 5100)]
     trajectory = Trajectory.from_arrays(steps, loss=np.ones(len(steps)))

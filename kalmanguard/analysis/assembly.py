@@ -132,7 +132,8 @@ def merged(streams: Iterable[Assembled]) -> Assembled:
     for part in parts:
         for name, channel in part.channels.items():
             if name in channels:
-                notes.append(f"{name} is in several files: the values of the last one are kept.")
+                notes.append(f"{name} is in several files: where they overlap the last one counts.")
+                channel = _overridden(channels[name], channel)
             channels[name] = channel
     velocities = next((p.velocities for p in kept if p.velocities is not None), None)
     if velocities is not None:
@@ -141,6 +142,14 @@ def merged(streams: Iterable[Assembled]) -> Assembled:
         placed[np.searchsorted(steps, source.steps)] = velocities
         velocities = placed
     return Assembled(steps, channels, velocities, tuple(dict.fromkeys(notes)))
+
+
+def _overridden(first: Channel, later: Channel) -> Channel:
+    """Both, with the values of the later one at the rows that both have."""
+    kept = ~np.isin(first.rows, later.rows)
+    rows = np.concatenate([first.rows[kept], later.rows])
+    order = np.argsort(rows)
+    return Channel(rows[order], np.concatenate([first.values[kept], later.values])[order])
 
 
 def _concatenated(parts: list[Part]) -> dict[str, Channel]:

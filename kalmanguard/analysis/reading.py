@@ -160,7 +160,7 @@ def _labels(chunk: Chunk, run: str) -> tuple[str, ...]:
         return chunk.texts[run]
     if run not in chunk.columns:
         return ("",) * chunk.rows
-    return tuple(f"{value:g}" for value in chunk.columns[run].values)
+    return tuple(f"{value:.0f}" if value % 1 == 0 else repr(value) for value in chunk.columns[run].values.tolist())
 
 
 def _part(chunk: Chunk, channels: Mapping[str, str], steps: IntArray, rows: IntArray) -> Part:

@@ -88,7 +88,10 @@ class Recorder:
         self._tap: Any = None
         if model is not None:
             self._watch(model, optimizer, sketch_size, seed)
-        self._step = _last_step(self.path) if append else 0
+        self._step = 0
+        if append:
+            _cut_to_whole_lines(self.path)
+            self._step = _last_step(self.path)
         self._failed = False
         try:
             self._file = open(self.path, "a" if append else "x", encoding="utf-8")  # noqa: SIM115 - open for the run
@@ -186,7 +189,14 @@ def _number(value: Any) -> float | None:
     return number if not math.isnan(number) else math.nan
 
 
+def _cut_to_whole_lines(path: Path) -> None:
+    """Take off what a killed writer left of its last line: what is appended would run into it."""
+    with suppress(FileNotFoundError), open(path, "rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
 def _last_step(path: Path) -> int:
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return 0
     return max((int(run.rows.steps[-1]) for run in read_runs(path, None).values()), default=0)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _JOURNAL = "journal"
 #: Rows that measurements are made of at a time.
 _ROWS = 8_192
+#: Larger values have no squares, and are taken as not finite.
+_LARGEST = 1e150
 
 
 class Source(NamedTuple):
@@ -379,7 +381,9 @@ def _measurements(
         for name, channel in known.items():
             cells: list[float | None] = [None] * (stop - start)
             a, b = np.searchsorted(channel.rows, (start, stop))
-            for row, value in zip(channel.rows[a:b].tolist(), channel.values[a:b].tolist(), strict=True):
+            values = channel.values[a:b]
+            values = np.where(np.abs(values) > _LARGEST, np.copysign(np.inf, values), values)
+            for row, value in zip(channel.rows[a:b].tolist(), values.tolist(), strict=True):
                 cells[row - start] = value
             dense[name] = cells
         empty: list[float | None] = [None] * (stop - start)
