@@ -66,7 +66,10 @@ class ProbeReading:
         values = self.losses.tolist()
         if not all(map(math.isfinite, values)):
             return math.nan
-        return math.fsum(values) / len(values)
+        try:
+            return math.fsum(values) / len(values)
+        except OverflowError:  # of finite losses near the largest float
+            return math.fsum(value / len(values) for value in values)
 
 
 @dataclass(frozen=True, slots=True)

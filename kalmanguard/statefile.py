@@ -11,7 +11,7 @@ from kalmanguard import engine
 from kalmanguard.control import cadence, ladder, ledger, retention
 from kalmanguard.detectors import drift, dynamics, excursion, fusion, tail
 from kalmanguard.errors import ConfigurationError
-from kalmanguard.estimators import autocovariance, bank, noise, probe, regimes, statespace, trajectory, trend
+from kalmanguard.estimators import autocovariance, bank, noise, probe, regimes, statespace, trajectory, trend, wander
 from kalmanguard.records import Innovation, Mode
 
 _TYPES: dict[str, Any] = {
@@ -21,7 +21,7 @@ _TYPES: dict[str, Any] = {
         ladder.LadderState, retention.Slot, drift.DriftState, excursion.ExcursionState, tail.TailState, Innovation,
         fusion.FusionState, dynamics.DynamicsState, autocovariance.AutocovarianceState, autocovariance.Moments,
         regimes.RegimeState, noise.Scale, probe.ProbeState, statespace.Gaussian, statespace.Covariance,
-        trajectory.TrajectoryState, trend.TrendState,
+        trajectory.TrajectoryState, trend.TrendState, wander.Wander,
     )
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from kalmanguard import Engine, Measurement, ProbeReading, Settings, Supervisor
 from kalmanguard.analysis import Trajectory
 from kalmanguard.analysis.decimation import Decimator
 from kalmanguard.analysis.estimates import estimates
-from kalmanguard.analysis.health import Health, first_confirmed, verdict
+from kalmanguard.analysis.health import Health, verdict
 from kalmanguard.analysis.judgement import Judge, judge
 from kalmanguard.journal import JournalReader
 from kalmanguard.models import load_plant
@@ -107,7 +107,7 @@ def test_harm_is_confirmed_from_the_training_loss_alone() -> None:
     rng = np.random.default_rng(9)
     rows += [Measurement(step=4000 + 10 * n, loss=4.0 + 0.1 * float(rng.normal())) for n in range(1, 200)]
     result = judge(rows, stand_in=True)
-    first = first_confirmed(result)
+    first = next((event for event in result.events if event.proposed != Action.ACCEPT), None)
     assert first is not None
     assert first.step <= 4000 + 10 * 64
     assert first.restore is not None
@@ -233,3 +233,90 @@ def test_there_are_no_estimates_of_nothing() -> None:
     assert list(estimates(judge(healthy(0, 20), stand_in=True))) == []
     constant = [Measurement(step=s, loss=1.0, gradient_norm=1.0) for s in range(1, 400)]
     assert all(math.isfinite(e.value) or math.isnan(e.value) for e in estimates(judge(constant, stand_in=True)))
+
+
+# --- logs say nothing of their noise ----------------------------------------------------------------------------------
+
+ROWS = 3_000
+
+
+def wandering(rng: np.random.Generator, memory: float, deviation: float) -> np.ndarray:
+    noise = rng.normal(size=ROWS) * deviation * math.sqrt(1.0 - memory * memory)
+    return np.array(list(itertools.accumulate(noise.tolist(), lambda x, e: memory * x + e)))
+
+
+def probed(y: np.ndarray, first: int = 0, every: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.arange(first + every - 1, ROWS, every)
+    return rows + 1, y[rows]
+
+
+NULLS = {
+    "plateau": lambda rng, t: {
+        "loss": 2 + 0.1 * rng.normal(size=ROWS), "probe": probed(2 + 0.02 * rng.normal(size=ROWS)),
+    },
+    "fine-tuning": lambda rng, t: {
+        "loss": 1 + 0.1 * rng.normal(size=ROWS),
+        "probe": probed(1 + 0.03 * np.exp(-t / 400) + 0.02 * rng.normal(size=ROWS)),
+    },
+    "probed late": lambda rng, t: {
+        "loss": 1 + 0.2 * np.exp(-t / 800) + 0.1 * rng.normal(size=ROWS),
+        "probe": probed(1 + 0.2 * np.exp(-t / 800) + 0.01 * rng.normal(size=ROWS), first=1_500),
+    },
+    "no probe": lambda rng, t: {"loss": 1.5 + 2 * np.exp(-t / 300) + wandering(rng, 0.9, 0.15)},
+    "flat": lambda rng, t: {"loss": 2 + wandering(rng, 0.0, 0.15)},
+    "flat, with memory": lambda rng, t: {"loss": 2 + wandering(rng, 0.9, 0.15)},
+}  # fmt: skip
+HARMED = {
+    "a third, at once": lambda rng, t: {"loss": 1.5 + 2 * np.exp(-t / 300) + 0.7 * (t > 2_000)},
+    "a third, slowly": lambda rng, t: {"loss": 1.5 + 2 * np.exp(-t / 300) + 0.8 * np.clip((t - 1_500) / 1_000, 0, 1)},
+}
+
+
+@pytest.mark.parametrize("kind", NULLS)
+def test_noise_is_no_harm(kind: str) -> None:
+    for seed in range(6):
+        judged = Trajectory.from_arrays(**NULLS[kind](np.random.default_rng(seed), np.arange(ROWS))).judge()
+        assert judged.confirmed == 0, seed
+        assert verdict(judged).health in (Health.HEALTHY, Health.WATCH), seed
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("kind", HARMED)
+def test_harm_stands_out_of_noise(kind: str, held_out: bool) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        y = HARMED[kind](rng, np.arange(ROWS))["loss"]
+        channels = {"loss": y + 0.1 * rng.normal(size=ROWS)}
+        if held_out:
+            channels["probe"] = probed(y + 0.02 * rng.normal(size=ROWS))
+        assert verdict(Trajectory.from_arrays(**channels).judge()).health is Health.HARMED, seed
+
+
+def test_a_lost_reading_that_came_back_is_no_end() -> None:
+    y = 1.5 + 2.0 * np.exp(-np.arange(2_000) / 300) + 0.01 * np.random.default_rng(0).normal(size=2_000)
+    probe = y[39::40].copy()
+    probe[-3] = math.nan
+    judged = Trajectory.from_arrays(loss=y, probe=(np.arange(40, 2_001, 40), probe)).judge()
+    assert verdict(judged).health is not Health.DIVERGED
+
+
+def test_the_last_events_are_listed_whatever_there_were_before() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        Measurement(step=n, loss=2.0 + 0.01 * rng.normal(), gradient_norm=math.nan if n % 2 else 1.0)
+        for n in range(1, 13_000)
+    ]
+    judged = judge(rows)
+    assert judged.events[-1].row == judged.events[-1].step == 12_999
+    assert len(judged.events) + judged.unlisted == sum(n for level, n in judged.proposals.items() if level != "ACCEPT")
+
+
+def test_a_restart_does_not_join_what_lies_apart() -> None:
+    from kalmanguard.analysis import analyze
+
+    rng = np.random.default_rng(0)
+    loss = 2.0 + 0.03 * rng.normal(size=1_200)
+    loss[[500, 1_100]] = 4.0
+    steps = np.concatenate([np.arange(1, 601), np.arange(1, 601)])
+    incidents = analyze(Trajectory.from_arrays(steps, loss=loss), estimate=False).incidents
+    assert [i.first for i in incidents] == [501, 501]

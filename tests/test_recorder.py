@@ -114,3 +114,19 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         Trajectory.record(tmp_path / "run.csv")
     with pytest.raises(TrajectoryError, match="cannot be written"):
         Trajectory.record(tmp_path / "nowhere" / "run.jsonl")
+
+
+def test_what_cannot_be_written_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    with Trajectory.record(path) as recorder:
+        recorder.log(loss=10**400, run=1.0, velocity=2.0)
+        with pytest.warns(UserWarning, match="no whole number"):
+            recorder.log(-1, loss=1.0)
+        with pytest.warns(UserWarning, match="no whole number"):
+            recorder.log(loss=0.5, step="x")
+        recorder.log(loss=0.25, step=10)
+    read = Trajectory.load(path)
+    assert read.steps.tolist() == [1, 2, 3, 10]
+    assert read.series("loss")[1].tolist() == [math.inf, 1.0, 0.5, 0.25]
+    assert read.series("run (column)")[1].tolist() == [1.0]
+    assert read.series("velocity (column)")[1].tolist() == [2.0]

@@ -512,3 +512,108 @@ def test_a_long_log_is_judged_in_bounded_memory(tmp_path: Path) -> None:
         assert judged == count
         peaks.append(peak)
     assert peaks[1] < 1.15 * peaks[0]
+
+
+# --- what people's logs look like -------------------------------------------------------------------------------------
+
+
+def lines(path: Path, *records: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_words_for_nothing_are_nothing_and_odd_cells_elsewhere_are_noted(tmp_path: Path) -> None:
+    log = lines(
+        tmp_path / "log.jsonl",
+        {"step": 1, "loss": 2.0, "val_loss": "N/A", "extra": 1},
+        {"step": 2, "loss": "nan", "val_loss": 1.5, "extra": ["a"]},
+        {"step": 3, "loss": 1.0, "val_loss": "", "extra": 3},
+    )
+    read = Trajectory.load(log)
+    assert read.series("probe")[0].tolist() == [2]
+    assert math.isnan(read.series("loss")[1][1])
+    assert read.series("extra")[1].tolist() == [1.0, 3.0]
+    assert any("'extra' holds more than numbers" in note for note in read.source.notes)
+
+
+def test_rows_without_a_step_are_counted(tmp_path: Path) -> None:
+    rows = [{"step": n, "loss": 1.0 / n} for n in range(1, 30)]
+    read = Trajectory.load(lines(tmp_path / "log.jsonl", *rows, {"loss": 5.0}, {"config": "x"}))
+    assert len(read) == 29
+    assert any(note.startswith("1 rows have no step") for note in read.source.notes)
+
+
+def test_a_summary_is_no_course(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"step": n, "loss": 1.0 + 1.0 / n} for n in range(1, 100)]
+    read = Trajectory.load(lines(tmp_path / "log.jsonl", *rows, {"step": 99, "train_loss": 9.0}))
+    assert len(read.series("loss")[0]) == 99
+    assert read.series("train_loss")[1].tolist() == [9.0]
+
+
+def test_a_column_keeps_its_meaning_whatever_comes_later(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"step": n, "loss": 1.0} for n in range(1, 20_000)]
+    rows += [{"step": n, "loss": 1.0, "train_loss": 7.0} for n in range(20_000, 20_100)]
+    read = Trajectory.load(lines(tmp_path / "log.jsonl", *rows))
+    assert set(read.series("loss")[1].tolist()) == {1.0}
+
+
+def test_a_given_column_may_come_late_and_must_come(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"step": n, "loss": 1.0} for n in range(1, 20_000)]
+    log = lines(tmp_path / "log.jsonl", *rows, {"step": 20_000, "dev/nll": 0.5})
+    assert Trajectory.load(log, columns={"probe": "dev/nll"}).series("probe")[1].tolist() == [0.5]
+    with pytest.raises(TrajectoryError, match="no column of numbers 'dev/nil' for probe"):
+        Trajectory.load(log, columns={"probe": "dev/nil"})
+
+
+def test_one_column_cannot_be_two_things(tmp_path: Path) -> None:
+    log = lines(tmp_path / "log.jsonl", {"step": 1, "a": 1.0})
+    with pytest.raises(TrajectoryError, match="'a' is given twice"):
+        Trajectory.load(log, columns={"loss": "a", "probe": "a"})
+
+
+def test_rows_without_a_label_belong_to_the_run_before(tmp_path: Path) -> None:
+    rows = [{"run": "a", "step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"run": "b", "step": 1, "loss": 3.0}]
+    runs = Trajectory.load_all(lines(tmp_path / "log.jsonl", *rows))
+    assert {name: len(run) for name, run in runs.items()} == {"a": 2, "b": 1}
+
+
+def test_a_trackers_own_counter_is_not_the_trainers(tmp_path: Path) -> None:
+    rows = [{"_step": n, "trainer/global_step": 10 * n, "loss": 1.0} for n in range(1, 30)]
+    assert Trajectory.load(lines(tmp_path / "log.jsonl", *rows)).steps[-1] == 290
+
+
+def test_files_of_one_name_are_two_runs_and_a_broken_one_hides_none(tmp_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", *({"step": n, "loss": 1.0} for n in range(1, 9)))
+    (tmp_path / "a.csv").write_text("step,loss\n1,2\n2,2\n")
+    (tmp_path / "b.csv").write_bytes(b"")
+    runs = Trajectory.load_all(tmp_path)
+    assert sorted(runs) == ["a.csv", "a.jsonl"]
+    assert any("A file was left out" in note for run in runs.values() for note in run.source.notes)
+
+
+def test_names_can_be_shown_anywhere(tmp_path: Path) -> None:
+    log = lines(tmp_path / "log.jsonl", *({"run": "x\x1b[2J", "step": n, "loss": 1.0} for n in range(1, 9)))
+    assert list(Trajectory.load_all(log)) == ["x?[2J"]
+
+
+def test_checkpoints_of_lightning_and_shards(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for step in (100, 200):
+        save_file({"w": torch.full((3,), float(step))}, tmp_path / f"epoch=1-step={step}-val_loss=0.29.safetensors")
+    assert Trajectory.load(tmp_path).steps.tolist() == [100, 200]
+    sharded = tmp_path / "sharded" / "checkpoint-5"
+    sharded.mkdir(parents=True)
+    for n in (1, 2):
+        save_file({f"w{n}": torch.ones(3)}, sharded / f"model-0000{n}-of-00002.safetensors")
+    with pytest.raises(TrajectoryError, match="several files"):
+        Trajectory.load(tmp_path / "sharded")
+
+
+def test_arrays_that_are_none_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no numbers"):
+        Trajectory.from_arrays(loss=["a", "b"])
+    with pytest.raises(TrajectoryError, match=r"is 1\.5: whole numbers"):
+        Trajectory.from_arrays([1.5, 2.0], loss=[1.0, 2.0])
+    with pytest.raises(ConfigurationError, match="shape"):
+        Trajectory.from_arrays(loss=[[1.0], [2.0]])

@@ -63,6 +63,9 @@ REFUSED = [
     ("short.tfevents.1", b"\x01", "TensorBoard"),
     ("cut.csv.gz", gzip.compress(GOOD.encode() * 50, mtime=0)[:30], "damaged|empty|no CSV"),
     ("trainer_state.json", b"{}", "list of records"),
+    ("mixed.jsonl", b'{"step": 1, "loss": 2}\n{"step": 2, "loss": "high"}\n', "numbers and others, such as 'high'"),
+    ("lists.jsonl", b'{"step": 1, "loss": 2}\n{"step": 2, "loss": [1, 2]}\n', "numbers and others"),
+    ("stepless.csv", b"step,loss\n" + b",2\n" * 30 + b"1,2\n", "rows have nothing in the column 'step'"),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kalmanguard.analysis.estimates import Estimate, estimates
 from kalmanguard.analysis.health import Health, Verdict, verdict
 from kalmanguard.analysis.judgement import Event, Judgement
+from kalmanguard.analysis.tables import printable
 from kalmanguard.records import Action
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from kalmanguard.analysis.trajectory import Stream, Trajectory
     from kalmanguard.settings import Settings
 
-#: Steps between two events of one kind from which on they are told apart, as a share of the run, and at least.
+#: Rows between two events from which on they are told apart, as a share of the run, and at least.
 _APART_FRAC, _APART = 0.005, 20
 #: How bad a health is, for putting runs in order.
 SEVERITY = {Health.DIVERGED: 3, Health.HARMED: 2, Health.WATCH: 1, Health.HEALTHY: 0, Health.UNKNOWN: -1}
@@ -113,6 +114,7 @@ class Analysis:
             "levels": dict(j.levels),
             "proposals": dict(j.proposals),
             "channels": {name: _channel(j, name) for name in ("loss", "probe", "gradient_norm") if j.curves.get(name)},
+            "unlisted_events": j.unlisted,
             "events": [_event(self.name, event) for event in j.events],
             "incidents": [incident._asdict() | {"deed": incident.deed} for incident in self.incidents],
             "estimates": [estimate._asdict() for estimate in self.estimates],
@@ -193,9 +195,9 @@ def analyze(trajectory: Trajectory | Stream, settings: Settings | None = None, *
     judged = trajectory.judge(settings)
     return Analysis(
         trajectory.name,
-        trajectory.source.path,
+        printable(trajectory.source.path),
         trajectory.source.format,
-        trajectory.source.notes,
+        tuple(map(printable, trajectory.source.notes)),
         judged,
         verdict(judged),
         tuple(estimates(judged)) if estimate else (),
@@ -213,12 +215,11 @@ def in_order(runs: Sequence[Analysis]) -> Analyses:
 
 
 def _incidents(j: Judgement) -> Iterator[Incident]:
-    span = j.last_step - j.first_step
     # What is told at every held-out reading belongs together, however rare they are.
-    apart = max(_APART, _APART_FRAC * span, 2.0 * span / j.probes if j.probes else 0.0)
+    apart = max(_APART, _APART_FRAC * j.rows, 2.0 * j.rows / j.probes if j.probes else 0.0)
     group: list[Event] = []
     for event in j.events:
-        if group and event.step - group[-1].step > apart:
+        if group and event.row - group[-1].row > apart:
             yield _incident(group)
             group = []
         group.append(event)

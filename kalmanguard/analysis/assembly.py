@@ -12,7 +12,7 @@ from kalmanguard.errors import TrajectoryError
 from kalmanguard.records import FloatArray
 
 #: Steps beyond this are no counts.
-_LARGEST_STEP = 1 << 53
+LARGEST_STEP = 1 << 53
 
 
 class Channel(NamedTuple):
@@ -49,12 +49,14 @@ def whole_steps(values: FloatArray, name: str) -> IntArray:
     """
     if not np.isfinite(values).all():
         row = int((~np.isfinite(values)).argmax())
-        raise TrajectoryError(f"The step in row {row + 1} ({name!r}) is {values[row]}: steps must be whole numbers.")
-    bad = (values < 0) | (values != np.floor(values)) | (values > _LARGEST_STEP)
+        raise TrajectoryError(
+            f"The step in row {row + 1} ({name!r}) is {float(values[row])}: steps must be whole numbers."
+        )
+    bad = (values < 0) | (values != np.floor(values)) | (values > LARGEST_STEP)
     if bad.any():
         row = int(bad.argmax())
         raise TrajectoryError(
-            f"The step in row {row + 1} ({name!r}) is {values[row]!r}: steps must be whole numbers from 0 to 2^53."
+            f"The step in row {row + 1} ({name!r}) is {float(values[row])!r}: whole numbers from 0 to 2^53 are."
         )
     return values.astype(np.int64)
 
@@ -191,8 +193,8 @@ def _segments(steps: IntArray, channels: Mapping[str, Channel]) -> IntArray:
         previous = int(rows[position - 1])
         while first - 1 > previous and steps[first - 1] <= steps[start]:
             first -= 1
-        segment[first:] += 1
-    return segment
+        segment[first] += 1
+    return np.cumsum(segment)
 
 
 def _counts_within_epochs(steps: IntArray, segment: IntArray, epoch: Channel | None) -> bool:
@@ -205,7 +207,8 @@ def _counts_within_epochs(steps: IntArray, segment: IntArray, epoch: Channel | N
 
 
 def _counted_on(steps: IntArray, segment: IntArray) -> IntArray:
-    lengths = np.array([int(steps[segment == s].max()) - int(steps[0]) + 1 for s in range(int(segment[-1]) + 1)])
+    starts = np.flatnonzero(np.diff(segment, prepend=-1))
+    lengths = np.maximum.reduceat(steps, starts) - steps[0] + 1
     counted: IntArray = steps + np.concatenate([[0], np.cumsum(lengths)[:-1]])[segment]
     return counted
 

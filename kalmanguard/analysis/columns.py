@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kalmanguard.errors import TrajectoryError
@@ -13,7 +13,8 @@ CHANNELS = ("loss", "probe", "learning_rate", "gradient_norm", "buffer_norm")
 #: Names by meaning, in groups of equal rank, the best first; compared by `squashed`.
 NAMES: Mapping[str, Sequence[frozenset[str]]] = {
     "step": (
-        frozenset(("step", "global_step", "trainer_global_step", "train_global_step")),
+        frozenset(("global_step", "trainer_global_step", "train_global_step")),
+        frozenset(("step",)),
         frozenset(
             ("iteration", "iter", "it", "num_updates", "update", "updates", "steps", "train_step", "optimizer_step")
         ),
@@ -22,17 +23,19 @@ NAMES: Mapping[str, Sequence[frozenset[str]]] = {
     "run": (frozenset(("run", "run_id", "run_name")), frozenset(("experiment", "trial"))),
     "loss": (
         frozenset(("train_loss", "training_loss", "loss_train", "train_loss_step", "loss_step")),
-        frozenset(("loss",)),
+        frozenset(("loss", "train_epoch_loss")),
         frozenset(("total_loss", "train_total_loss", "lm_loss", "train_lm_loss", "nll", "train_nll", "train_ce_loss")),
         frozenset(("cross_entropy", "train_cross_entropy", "objective", "cost")),
     ),
     "probe": (
         frozenset(("val_loss", "valid_loss", "validation_loss", "eval_loss", "loss_val", "loss_eval", "loss_valid")),
         frozenset(("held_out_loss", "heldout_loss", "dev_loss", "probe", "probe_loss")),
+        frozenset(("val_epoch_loss", "validation_epoch_loss", "valid_epoch_loss", "eval_epoch_loss")),
         frozenset(("test_loss", "loss_test", "val_nll", "eval_nll", "valid_nll", "val_total_loss", "valid_total_loss")),
     ),
     "learning_rate": (
         frozenset(("learning_rate", "lr", "train_learning_rate", "train_lr", "optim_lr", "optimizer_lr")),
+        frozenset(("epoch_learning_rate", "train_epoch_learning_rate")),
         frozenset(("lr_adamw", "lr_adam", "lr_sgd", "lr_0", "lr_group_0", "optimizer_learning_rate")),
     ),
     "gradient_norm": (
@@ -64,7 +67,20 @@ def squashed(name: str) -> str:
     return re.sub(r"[^0-9a-z]+", "", name.lower())
 
 
-def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, words: Iterable[str] = ()) -> Meaning:
+def is_channel(name: str) -> bool:
+    """Whether a column of this name would be taken to be the step or a channel of the engine."""
+    wanted = squashed(name)
+    return any(wanted in map(squashed, group) for channel in ("step", *CHANNELS) for group in NAMES[channel])
+
+
+def assign(
+    names: Iterable[str],
+    given: Mapping[str, str] | None = None,
+    *,
+    words: Iterable[str] = (),
+    rare: Container[str] = (),
+    partial: bool = False,
+) -> Meaning:
     """Say what columns mean.
 
     Parameters
@@ -76,6 +92,10 @@ def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, word
         your own), which goes before what would be guessed.
     words
         Columns of words; one may name the run.
+    rare
+        Columns with hardly any value, which are taken only where no other will do: a summary is no course.
+    partial
+        Columns are still to come: a given one may be among them.
 
     Raises
     ------
@@ -96,7 +116,7 @@ def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, word
     chosen: dict[str, str] = {}
     notes: list[str] = []
     for channel, name in (given or {}).items():
-        if name not in numbers and not (channel == "run" and name in texts):
+        if name not in numbers and not (channel == "run" and name in texts) and not partial:
             raise TrajectoryError(
                 f"There is no column of numbers {name!r} for {channel}; there are {_listed([*numbers, *texts])}."
             )
@@ -104,7 +124,9 @@ def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, word
     for channel, groups in NAMES.items():
         if channel in chosen:
             continue
-        found = _best([*texts, *numbers] if channel == "run" else numbers, groups, taken=chosen.values())
+        candidates = [*texts, *numbers] if channel == "run" else numbers
+        usual = [name for name in candidates if name not in rare]
+        found = _best(usual, groups, taken=chosen.values()) or _best(candidates, groups, taken=chosen.values())
         if found is None:
             continue
         if len(found) > 1:
@@ -122,6 +144,10 @@ def assign(names: Iterable[str], given: Mapping[str, str] | None = None, *, word
                 f"Column {odd[0]!r} should be the {channel.replace('_', ' ')} and holds words: write numbers with a "
                 "point, and nothing or null where there is none; or say which column it is."
             )
+    meanings = list(chosen.values())
+    twice = next((name for name in meanings if meanings.count(name) > 1), None)
+    if twice is not None:
+        raise TrajectoryError(f"Column {twice!r} is given twice: one column cannot be two things.")
     step, run = chosen.pop("step", None), chosen.pop("run", None)
     if step is None:
         notes.append("No column counts the steps: rows are taken to be steps from 1.")

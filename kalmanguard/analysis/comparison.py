@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kalmanguard.analysis.analysis import Analysis
-from kalmanguard.analysis.drawing import axes_or_new
+from kalmanguard.analysis.drawing import axes_or_new, legend_label
 from kalmanguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Final(NamedTuple):
 class Row(NamedTuple):
     """One run: its final level, its best value, the step at which it reached the target, and how rough it was.
 
-    ``difference`` is the final level over that of the first run minus 1, with the bounds of its 95 % interval; nan for
-    the first run itself and where no error is known.
+    ``difference`` is the final level minus that of the first run, over the magnitude of that one, with the bounds of
+    its 95 % interval; nan for the first run itself and where no error is known.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Comparison:
         axes = axes_or_new(axes)
         for run in self.analyses:
             curve = run.judgement.curves[self.channel]
-            axes.plot(curve.steps, curve.mean, linewidth=1.1, label=run.name)
+            axes.plot(curve.steps, curve.mean, linewidth=1.1, label=legend_label(run.name))
         axes.axhline(self.target, color="#333333", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step")
         axes.set_ylabel(self.label)
@@ -119,8 +119,9 @@ class Comparison:
 def compare(analyses: Sequence[Analysis]) -> Comparison:
     """Put runs side by side.
 
-    The final level is the mean of the last 5 % of the values; its standard error is that of ten batch means, which
-    allows for memory between neighbouring values. Difference intervals take the two runs to be independent.
+    The final level is the mean of the last 5 % of the values, or of the last twenty where these are fewer; its standard
+    error is that of ten batch means, which allows for memory between neighbouring values. Difference intervals take the
+    two runs to be independent.
 
     Raises
     ------
@@ -187,7 +188,7 @@ def _final(curve: Curve) -> Final:
 def _difference(final: Final, first: Final) -> tuple[float, float, float]:
     if final is first or not abs(first.mean) > 0.0 or final == first:
         return math.nan, math.nan, math.nan
-    ratio = final.mean / first.mean - 1.0
+    ratio = (final.mean - first.mean) / abs(first.mean)
     error = math.hypot(final.error, first.error * final.mean / first.mean) / abs(first.mean)
     return ratio, ratio - _NORMAL_95 * error, ratio + _NORMAL_95 * error
 

@@ -17,7 +17,7 @@ class Curve(NamedTuple):
     """A decimated series: per bucket its first step, and the least, greatest and mean of its finite values.
 
     ``first``, ``last`` and ``best`` (the least) are single values, ``finite`` how many were so, ``lost`` the steps
-    of those that were not (the first 200) and ``lost_count`` how many these were.
+    of those that were not (the first 200), ``lost_count`` how many these were, ``ends_lost`` whether the last was so.
     """
 
     steps: FloatArray
@@ -31,6 +31,7 @@ class Curve(NamedTuple):
     finite: int
     lost: tuple[float, ...]
     lost_count: int
+    ends_lost: bool
 
     def __bool__(self) -> bool:
         return self.finite + self.lost_count > 0
@@ -69,10 +70,12 @@ class Decimator:
         self._count = 0
         self._lost: list[float] = []
         self._lost_count = 0
+        self._ends_lost = False
 
     def add(self, step: float, value: float) -> None:
         """Take in one value."""
-        if not math.isfinite(value):
+        self._ends_lost = not math.isfinite(value)
+        if self._ends_lost:
             self._lost_count += 1
             if len(self._lost) < _LISTED:
                 self._lost.append(step)
@@ -108,5 +111,5 @@ class Decimator:
         mean = table[:, 3] / table[:, 4] if len(table) else table[:, 3]
         return Curve(
             table[:, 0], table[:, 1], table[:, 2], mean, self._first, self._last, self._best, self._best_step,
-            self._count, tuple(self._lost), self._lost_count,
+            self._count, tuple(self._lost), self._lost_count, self._ends_lost,
         )  # fmt: skip

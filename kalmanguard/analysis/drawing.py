@@ -27,3 +27,12 @@ def axes_or_new(axes: Axes | None) -> Axes:
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     return figure.add_subplot()
+
+
+def legend_label(name: str) -> str:
+    r"""A name as a label that a legend shows as it is: no mathematics in it, and not hidden for its first letter.
+
+    >>> legend_label("_cost in $")
+    '\u200b_cost in \\$'
+    """
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kalmanguard.analysis.decimation import Curve
-from kalmanguard.analysis.drawing import axes_or_new
+from kalmanguard.analysis.drawing import axes_or_new, legend_label
 from kalmanguard.analysis.judgement import Event, Judgement
 from kalmanguard.records import Action
 
@@ -203,7 +203,7 @@ def draw_series(axes: Axes, steps: Any, values: Any, label: str) -> None:
     x, y = steps.copy(), np.where(finite, values, np.nan)
     back = np.flatnonzero(np.diff(steps) < 0) + 1
     x, y = np.insert(x, back, np.nan), np.insert(y, back, np.nan)
-    (line,) = axes.plot(x, y, linewidth=1.0, label=label)
+    (line,) = axes.plot(x, y, linewidth=1.0, label=legend_label(label))
     if not finite.all():
         at = axes.get_xaxis_transform()
         axes.plot(steps[~finite], [0.98] * int((~finite).sum()), "x", color=line.get_color(), transform=at)

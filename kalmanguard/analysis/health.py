@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kalmanguard.analysis.judgement import Event, Judgement
+from kalmanguard.analysis.judgement import Judgement
 from kalmanguard.records import Action
 
 #: Held-out losses that show how much of the progress is lost, however few rows there are.
@@ -114,8 +114,7 @@ def _health(j: Judgement) -> tuple[Health, list[str]]:
     if dropped > max(_FEW_DROPPED, _DROPPED_FRAC * j.rows):
         reasons.append(f"{_count(dropped, 'gradient')} were not finite, or far beyond any before.")
     now = max(_NOW_ROWS, int(_NOW_FRAC * j.rows))
-    began = j.recent[-min(now, len(j.recent))].step
-    latest = [event for event in j.events if event.step >= began]
+    latest = [event for event in j.events if event.row > j.rows - now]
     if len(latest) > max(2, 0.05 * now):
         reasons.append(f"{_count(len(latest), 'row')} of the last {now:,} were suspicious.")
     if 1_000.0 * (j.episodes - _DEVIATIONS * math.sqrt(j.episodes)) / j.rows > _ROUGH:
@@ -167,7 +166,7 @@ def _not_finite(j: Judgement) -> str | None:
     if loss is not None and loss.lost and 2 * sum(not math.isfinite(y) for y in logged) > len(logged):
         return f"The training loss is not finite at the end; first at step {loss.lost[0]:,.0f}."
     probe = j.curves.get("probe")
-    if probe is not None and j.probes and probe.lost and probe.lost[-1] >= (probe.steps[-1] if len(probe.steps) else 0):
+    if probe is not None and j.probes and probe.ends_lost:
         return f"The held-out loss is not finite at the end; first at step {probe.lost[0]:,.0f}."
     return None
 
@@ -213,11 +212,6 @@ def _advice(j: Judgement, health: Health) -> Iterator[str]:
     for detector in sorted(counts, key=lambda name: (name not in ("envelope", "loss-finite"), -counts[name])):
         if detector in _ADVICE:
             yield _ADVICE[detector]
-
-
-def first_confirmed(j: Judgement) -> Event | None:
-    """The first row at which something would have been dropped or undone."""
-    return next((event for event in j.events if event.proposed != Action.ACCEPT), None)
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:

@@ -17,8 +17,8 @@ from kalmanguard.estimators.bank import CHANNELS, Estimators
 from kalmanguard.records import Action, Decision, FloatArray, Level, Measurement, Orders, Outcome, ProbeReading
 from kalmanguard.settings import Settings
 
-#: Events that are listed one by one; all of them are counted.
-LISTED = 5_000
+#: Events that are listed one by one, from the beginning and from the end; all of them are counted.
+LISTED, LISTED_LAST = 4_000, 1_000
 #: Rows at the end of a run that are kept one by one, for what is estimated of its present state.
 RECENT = 4_096
 #: Training losses whose mean stands in for a held-out loss, where a log has none.
@@ -33,10 +33,11 @@ _AT = {name: STATISTICS.index(name) for name in (*_INNOVATIONS, *_AT_PROBES, "y0
 class Event(NamedTuple):
     """A row that the supervisor would have watched, dropped or undone.
 
-    ``step`` is the logged one. ``proposed`` is the action, ``restore`` the logged step of the state that a rollback
-    would have gone back to, ``detectors`` what fired, ``message`` why.
+    ``row`` counts from 1 in the order of the log, ``step`` is the logged one. ``proposed`` is the action, ``restore``
+    the logged step of the state that a rollback would have gone back to, ``detectors`` what fired, ``message`` why.
     """
 
+    row: int
     step: int
     level: str
     proposed: str
@@ -97,7 +98,9 @@ class Judgement:
     levels, proposals
         How many rows had each `Level`, and for how many each `Action` was proposed.
     events
-        Every row that was not accepted in peace, in order, the first `LISTED` of them.
+        Every row that was not accepted in peace, in order: the first `LISTED` and the last `LISTED_LAST` of them.
+    unlisted
+        Number of events between those.
     curves
         Decimated series by name: ``loss``, ``probe``, ``gradient_norm``, ``learning_rate``, innovations ``z_...`` in
         standard deviations, ``predicted``, ``scale``, ``bound`` and ``give_back`` at probes.
@@ -123,6 +126,7 @@ class Judgement:
     levels: Mapping[str, int]
     proposals: Mapping[str, int]
     events: tuple[Event, ...]
+    unlisted: int
     curves: Mapping[str, Curve]
     recent: tuple[Recent, ...]
     restarts: tuple[int, ...]
@@ -218,6 +222,8 @@ class Judge:
         self._levels: Counter[str] = Counter()
         self._proposals: Counter[str] = Counter()
         self._events: list[Event] = []
+        self._last_events: deque[Event] = deque(maxlen=LISTED_LAST)
+        self._event_count = 0
         self._recent: deque[Recent] = deque(maxlen=RECENT)
         self._history: list[tuple[int, int, Estimators]] = []
         self._every = 1
@@ -263,7 +269,12 @@ class Judge:
         return replace(decision, level=Level.SUSPECT)
 
     def _stood_in(self, m: Measurement) -> Measurement:
-        if self._losses is None or m.loss is None:
+        if self._losses is None:
+            return m
+        if m.probe is not None:
+            # They come too late to be judged by: two kinds of loss on one scale would be harm.
+            m = replace(m, probe=None)
+        if m.loss is None:
             return m
         self._losses.append(m.loss)
         if len(self._losses) < STAND_IN:
@@ -272,7 +283,8 @@ class Judge:
         self._losses = []
         # One that a scaler has skipped is no harm; a run of them is.
         enough = len(finite) > STAND_IN // 2
-        return replace(m, probe=ProbeReading(np.array(finite if enough else [math.nan])))
+        # Its mean alone: neighbouring losses share their examples, or their average, so their spread is not its error.
+        return replace(m, probe=ProbeReading(np.array([math.fsum(finite) / len(finite) if enough else math.nan])))
 
     def result(self) -> Judgement:
         """What has been found so far."""
@@ -284,7 +296,8 @@ class Judge:
             last_step=self._last,
             levels=dict(self._levels),
             proposals=dict(self._proposals),
-            events=tuple(self._events),
+            events=(*self._events, *self._last_events),
+            unlisted=self._event_count - len(self._events) - len(self._last_events),
             curves={name: decimator.curve() for name, decimator in self._curves.items()},
             recent=tuple(self._recent),
             restarts=tuple(self._restarts),
@@ -347,8 +360,9 @@ class Judge:
         if decision.level in (Level.SUSPECT, Level.CONFIRMED) or decision.proposed is not Action.ACCEPT:
             self._episodes += self._rows - self._last_event > _APART
             self._last_event = self._rows
-            if len(self._events) < LISTED:
-                self._events.append(self._event(m.step, decision))
+            self._event_count += 1
+            event = self._event(m.step, decision)
+            (self._events if len(self._events) < LISTED else self._last_events).append(event)
 
     def _note_probe(self, step: int, measured: float, statistics: tuple[float, ...]) -> None:
         self._add("probe", step, measured)
@@ -378,6 +392,7 @@ class Judge:
             message = message.replace(f" on the same {STAND_IN} examples", "")
             message = message.replace("held-out loss", f"mean of {STAND_IN} training losses")
         return Event(
+            self._rows,
             step,
             decision.level.value,
             decision.proposed.value,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from kalmanguard.analysis.assembly import LARGEST_STEP
 from kalmanguard.analysis.formats.records import VELOCITY
 from kalmanguard.analysis.reading import read_runs
 from kalmanguard.errors import ConfigurationError, TrajectoryError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _SUFFIXES = (".jsonl", ".ndjson")
+#: Names that are no channel's.
+_TAKEN = ("run", VELOCITY)
 
 
 class Recorder:
@@ -104,25 +107,26 @@ class Recorder:
             self._let_go()
             raise TrajectoryError(f"{self.path} cannot be written: {error.strerror}.") from None
 
-    def log(self, step: int | None = None, **values: Any) -> None:
+    def log(self, step: int | None = None, /, **values: Any) -> None:
         """Write one row.
 
         Parameters
         ----------
         step
-            By default one more than before.
+            By default one more than before; whole and not negative, else it is counted on with a warning.
         **values
             Numbers by name: ``loss``, ``probe`` (held-out loss), ``learning_rate``, ``gradient_norm``, or any other;
-            ``None`` is left out. Tensors keep no graph.
+            ``None`` is left out. Tensors keep no graph. ``run`` and ``velocity`` mean something else in a recording,
+            and are written as ``run (column)`` and ``velocity (column)``.
         """
-        self._step = self._step + 1 if step is None else int(step)
+        self._step = self._counted(values.pop("step", None) if step is None else step)
         row: dict[str, Any] = {"step": self._step}
         if self._suite is not None:
             row |= self._sensed()
         for name, value in values.items():
             number = None if value is None else _number(value)
             if number is not None:
-                row[name] = number
+                row[f"{name} (column)" if name in _TAKEN else name] = number
             elif value is not None:
                 warnings.warn(
                     f"{name} = {value!r:.60} at step {self._step} is no number, and was left out.", stacklevel=2
@@ -138,6 +142,17 @@ class Recorder:
                     "missing. Training goes on.",
                     stacklevel=2,
                 )
+
+    def _counted(self, step: Any) -> int:
+        if step is None:
+            return self._step + 1
+        number = _number(step)
+        if number is None or not 0 <= number <= LARGEST_STEP or number % 1:
+            warnings.warn(
+                f"step = {step!r:.60} is no whole number from 0 on: it is counted as {self._step + 1}.", stacklevel=3
+            )
+            return self._step + 1
+        return int(number)
 
     def close(self) -> None:
         """Close the file and take the hooks off."""
@@ -183,10 +198,11 @@ class Recorder:
 def _number(value: Any) -> float | None:
     try:
         number = float(value.detach() if hasattr(value, "detach") else value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError, RuntimeError):
         return None
-    # Python reads and writes NaN and Infinity in JSON, and so does the reader.
-    return number if not math.isnan(number) else math.nan
+    return number  # Python reads and writes NaN and Infinity in JSON, and so does the reader
 
 
 def _cut_to_whole_lines(path: Path) -> None:

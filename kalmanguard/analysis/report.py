@@ -10,6 +10,7 @@ from typing import Any
 from kalmanguard.analysis.analysis import Analyses, Analysis
 from kalmanguard.analysis.figures import draw, sparkline, svg
 from kalmanguard.analysis.health import Health
+from kalmanguard.analysis.judgement import STAND_IN
 from kalmanguard.errors import ConfigurationError
 
 #: Runs that are shown in full; of more, the ones in the worst state.
@@ -30,9 +31,13 @@ def write_report(what: Analysis | Analyses, path: str | Path) -> Path:
     if path.exists() and not _is_report(path):
         raise ConfigurationError(f"{path} exists and is no report of this program: name another file.")
     text = render(what if isinstance(what, Analyses) else Analyses((what,)))
+    new = path.with_name(f".{path.name}.new")
     try:
-        path.write_text(text, encoding="utf-8")
+        # First beside it, so that a page that was there is never left half overwritten.
+        new.write_text(text, encoding="utf-8", errors="replace")
+        new.replace(path)
     except OSError as error:
+        new.unlink(missing_ok=True)
         raise ConfigurationError(f"The report {path} cannot be written: {error.strerror}.") from None
     return path
 
@@ -64,8 +69,11 @@ def _run(run: Analysis) -> dict[str, Any]:
     facts = [
         ("Source", f"{run.path} ({run.format})"),
         ("Rows", f"{j.rows:,}, steps {j.first_step:,} to {j.last_step:,}"),
-        ("Held-out readings", f"{j.probes:,}" if j.probes else "none: means of 16 training losses stand in for them"),
     ]
+    if j.probes:
+        facts.append(("Held-out readings", f"{j.probes:,}"))
+    elif j.curves.get("probe"):
+        facts.append(("Held-out readings", f"none: means of {STAND_IN} training losses stand in for them"))
     for name, label in (("loss", "Training loss"), ("probe", "Held-out loss"), ("gradient_norm", "Gradient norm")):
         curve = j.curves.get(name)
         if curve and curve.finite and (name != "probe" or j.probes):

@@ -47,7 +47,18 @@ class Reader(Protocol):
 
 
 #: Words for what is absent; nan and infinities are values that were logged.
-_ABSENT = frozenset(("", "null", "none", "na", "n/a", "-"))
+ABSENT = frozenset(("", "null", "none", "na", "n/a", "-"))
+
+
+def printable(text: str) -> str:
+    r"""A name that can be shown anywhere: control characters and what is no text become question marks.
+
+    >>> printable("run\x1b[2J"), printable("caf\u00e9 \ud800")
+    ('run?[2J', 'café ?')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def numeric(cells: list[str]) -> Column | None:
@@ -62,7 +73,7 @@ def numeric(cells: list[str]) -> Column | None:
     logged = np.zeros(len(cells), dtype=np.bool_)
     for row, cell in enumerate(cells):
         word = cell.strip()
-        if word.lower() in _ABSENT:
+        if word.lower() in ABSENT:
             continue
         try:
             found[row] = float(word)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kalmanguard.analysis.assembly import Assembled, Channel, Part, assemble, merged
+from kalmanguard.analysis.assembly import Assembled, Channel, Part, assemble, merged, whole_steps
 from kalmanguard.analysis.columns import CHANNELS
 from kalmanguard.analysis.drawing import axes_or_new
+from kalmanguard.analysis.formats.opening import run_name
 from kalmanguard.analysis.formats.records import VELOCITY
 from kalmanguard.analysis.judgement import Judge, Judgement, judge
 from kalmanguard.analysis.reading import Block, Run, read_blocks, read_runs
@@ -123,7 +124,7 @@ class Trajectory:
     def stream(cls, path: str | Path, *, columns: Mapping[str, str] | None = None, run: str | None = None) -> Stream:
         """Open one run without reading it into memory, for logs of any length; arguments as of `load`.
 
-        Rows are taken in the order of the file: late ones are not put in their place.
+        Rows are taken in the order of the file: late ones are put in their place among some ten thousand neighbours.
         """
         return Stream(Path(path), columns, run)
 
@@ -152,9 +153,11 @@ class Trajectory:
         Raises
         ------
         ConfigurationError
-            Lengths differ, or there is nothing.
+            Lengths differ, values are no numbers, or there is nothing.
+        TrajectoryError
+            A step is no whole number.
         """
-        dense = {k: np.asarray(v, dtype=np.float64) for k, v in channels.items() if not isinstance(v, tuple)}
+        dense = {k: _floats(v, k) for k, v in channels.items() if not isinstance(v, tuple)}
         sparse = {k: v for k, v in channels.items() if isinstance(v, tuple)}
         lengths = {k: len(v) for k, v in dense.items()}
         if not channels or len(set(lengths.values())) > 1:
@@ -163,7 +166,7 @@ class Trajectory:
         at = np.arange(1, rows + 1) if steps is None else np.asarray(steps)
         if at.ndim != 1 or (lengths and len(at) != rows) or not np.issubdtype(at.dtype, np.number):
             raise ConfigurationError(f"steps of shape {at.shape} do not fit channels of {rows} values.")
-        at = at.astype(np.int64)
+        at = whole_steps(at.astype(np.float64), "steps")
         sketched = None if velocities is None else np.asarray(velocities, dtype=np.float64)
         if sketched is not None and (sketched.ndim != 2 or len(sketched) != len(at)):
             raise ConfigurationError(f"velocities of shape {sketched.shape} do not fit {len(at)} steps.")
@@ -171,7 +174,7 @@ class Trajectory:
         for channel, pair in sparse.items():
             if len(pair) != 2 or len(pair[0]) != len(pair[1]):
                 raise ConfigurationError(f"{channel}: give values, or a pair of as many steps as values.")
-            where, values = np.asarray(pair[0], dtype=np.int64), np.asarray(pair[1], dtype=np.float64)
+            where, values = whole_steps(_floats(pair[0], channel), channel), _floats(pair[1], channel)
             parts.append(Part(where, {channel: Channel(np.arange(len(values)), values)}))
         whole = [assemble([part]) for part in parts if len(part.steps)]
         rows_of = whole[0] if len(whole) == 1 else merged(whole)
@@ -322,7 +325,7 @@ class Stream:
 
     def __init__(self, path: Path, columns: Mapping[str, str] | None, run: str | None) -> None:
         self._path, self._columns, self._run = path, columns, run
-        self.name = run or path.name
+        self.name = run or run_name(path)
         self.settings = Settings(mode="observe")
         self._notes: list[str] = []
 
@@ -358,7 +361,8 @@ class Stream:
     def judge(self, settings: Settings | None = None) -> Judgement:
         """Fold the live engine over it in bounded memory; under the usual settings by default.
 
-        Whether there are held-out losses is known only from the rows: they are looked for in the first ten thousand.
+        Whether there are held-out losses is known only from the rows: they are looked for in the first ten thousand,
+        and left out with a note where they come later than that.
         """
         rows = self.measurements()
         first = [m for _, m in zip(range(10_000), rows, strict=False)]
@@ -366,9 +370,23 @@ class Stream:
         folding = Judge(settings or self.settings, name=self.name, stand_in=not known)
         for m in first:
             folding.take(m)
+        late = False
         for m in rows:
+            late |= m.probe is not None
             folding.take(m)
+        if late and not known:
+            self._notes.append("Held-out losses come only after ten thousand rows, and were left out.")
         return folding.result()
+
+
+def _floats(values: ArrayLike, channel: str) -> FloatArray:
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{channel}: {values!r:.60} are no numbers.") from None
+    if found.ndim != 1:
+        raise ConfigurationError(f"{channel} has the shape {found.shape}: one value for each row is needed.")
+    return found
 
 
 def _measurements(

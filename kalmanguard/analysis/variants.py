@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +24,9 @@ Given = Settings | str | Mapping[str, Any]
 
 
 class Change(NamedTuple):
-    """A step on which two settings differ: level and proposed action under each; empty where nothing was said."""
+    """A row on which two settings differ: level and proposed action under each; empty where nothing was said."""
 
+    row: int
     step: int
     before: str
     after: str
@@ -48,10 +50,14 @@ class WhatIf:
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """Every listed event that only one of them has, or that they judge differently, in order of steps."""
-        one, other = ({e.step: _word(e.level, e.proposed) for e in j.events} for j in (self.before, self.after))
-        steps = sorted({*one, *other})
-        return tuple(Change(s, one.get(s, ""), other.get(s, "")) for s in steps if one.get(s, "") != other.get(s, ""))
+        """Every listed event that only one of them has, or that they judge differently, in the order of the log."""
+        one, other = ({e.row: _word(e.level, e.proposed) for e in j.events} for j in (self.before, self.after))
+        steps = {e.row: e.step for j in (self.before, self.after) for e in j.events}
+        return tuple(
+            Change(row, steps[row], one.get(row, ""), other.get(row, ""))
+            for row in sorted(steps)
+            if one.get(row, "") != other.get(row, "")
+        )
 
     @property
     def settings_changed(self) -> dict[str, tuple[Any, Any]]:
@@ -171,7 +177,7 @@ def sweep(
     Raises
     ------
     ConfigurationError
-        There is no trajectory or no variant, a variant cannot be, or ``processes`` is below 1.
+        There is no trajectory or no variant, a variant cannot be, ``processes`` is below 1, or they cannot start.
 
     Examples
     --------
@@ -194,8 +200,14 @@ def sweep(
     count = min(processes or os.cpu_count() or 1, len(jobs))
     if count == 1:
         return Sweep(tuple(map(_row, jobs)))
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return Sweep(tuple(pool.map(_row, jobs)))
+    try:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return Sweep(tuple(pool.map(_row, jobs)))
+    except BrokenProcessPool:
+        raise ConfigurationError(
+            f"The {count} processes of the sweep could not start: in a script, call it below "
+            '`if __name__ == "__main__":`, or pass processes=1.'
+        ) from None
 
 
 def grid(**values: Sequence[Any]) -> dict[str, dict[str, Any]]:

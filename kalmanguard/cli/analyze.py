@@ -76,7 +76,9 @@ def analyze(
     analyses = in_order(read(people, path, run, column, settings))
     page = report
     if page is None and not no_report and not as_json:
-        page = Path(f"{(path.resolve().name or 'runs').split('.')[0]}.report.html")
+        from kalmanguard.analysis.formats.opening import run_name
+
+        page = Path(f"{run_name(path.resolve()) or 'runs'}.report.html")
     written = None if page is None or no_report else write_report(analyses, page)
     if as_json:
         emit({"path": str(path), **analyses.to_dict()})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,6 +14,12 @@ from kalmanguard.cli.analyze import Chosen, Columns, read
 from kalmanguard.cli.folders import shown
 from kalmanguard.cli.options import AsJson
 from kalmanguard.cli.terminal import console, emit
+
+if TYPE_CHECKING:
+    from kalmanguard.analysis.analysis import Analysis
+
+#: Columns of a terminal from which on the table fits.
+_WIDE = 130
 
 
 def compare(
@@ -41,17 +48,36 @@ def compare(
 
     people = console(as_json=as_json)
     runs = [run for path in paths for run in read(people, path, None, column, settings)]
-    comparison = put_together(runs)
+    comparison = put_together(_told_apart(runs))
     written = None if report is None else write_report(in_order(runs), report)
     if as_json:
         emit(comparison.to_dict())
         return
     head, rows = comparison.cells()
+    if people.width >= _WIDE:
+        people.print(_table(head, rows))
+    else:
+        # One block for each run: a table of nine columns does not fit.
+        for row in rows:
+            grid = Table.grid(padding=(0, 2))
+            for heading, cell in zip(head[1:], row[1:], strict=True):
+                grid.add_row(f"  {heading}", Text(cell))
+            people.print(Text(row[0], style="bold"))
+            people.print(grid)
+    if written is not None:
+        people.print(Text(f"\nReport   {shown(written)}"), soft_wrap=True)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in head:
         table.add_column(heading, justify="left" if heading in ("run", "health") else "right")
     for row in rows:
         table.add_row(*map(Text, row))
-    people.print(table)
-    if written is not None:
-        people.print(Text(f"\nReport   {shown(written)}"), soft_wrap=True)
+    return table
+
+
+def _told_apart(runs: list[Analysis]) -> list[Analysis]:
+    """Runs of one name are called by where they lie."""
+    names = [run.name for run in runs]
+    return [replace(run, name=run.path) if names.count(run.name) > 1 else run for run in runs]

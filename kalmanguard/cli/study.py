@@ -67,6 +67,8 @@ def damping(
         emit({"cases": len(results), "matched": matched, "files": [str(file) for file in files], "exit_code": 0})
         return
     people.print(f"{len(results):,} cases. Thresholds chosen for one rate of false alarms, on other seeds:\n")
+    if not rows["matched-linear"]:
+        people.print("  too few cases to choose any: run it without --quick for this table")
     for row in rows["matched-linear"]:
         if row["group"] == "all":
             seen = f"{row['seen']:,} of {row['unstable']:,} unstable runs seen, {row['in_time']:,} before harm"

@@ -11,6 +11,7 @@ from kalmanguard.detectors.drift import CREDIBLE
 from kalmanguard.detectors.paired import paired_standard_error, paired_test
 from kalmanguard.estimators.bank import Estimators
 from kalmanguard.estimators.probe import ProbeFilter, ProbePrediction
+from kalmanguard.estimators.wander import wandered
 from kalmanguard.records import Evidence, Guarantee, Measurement, Mode, ProbeReading
 from kalmanguard.settings import Settings
 
@@ -33,7 +34,11 @@ _UNTRAINED_FRAC, _UNTRAINED_ERRORS = 0.5, 10.0
 _PATIENT_HOLDS = 3
 #: Probes in a row, each above the one before, after which it counts so at once.
 _CLIMBS = 6
+#: Standard errors of the paired difference above which harm is one of most examples, and above which it is any.
+_EVERYWHERE, _CREDIBLE_RISE = 5.0, 3.0
 _ERROR_GAIN = 0.2
+#: A scale of n readings is widened by so much over n: about the quantile of Student's t over the normal one, at 4.
+_FEW = 6.0
 
 
 class Verdict(NamedTuple):
@@ -101,14 +106,30 @@ class Judge:
             return e, ledger, verdict
         assert e.probe.gaussian is not None
         # After a dropped step the state is the same one, so the difference says nothing about the noise between two.
-        if _comparable(e, probe) and m.veto not in ("nonfinite", "explosion"):
-            assert e.reference is not None
-            error, seen = paired_standard_error(probe.losses, e.reference), ledger.standard_error
-            ledger = ledger._replace(standard_error=error if seen == 0 else seen + _ERROR_GAIN * (error - seen))
+        if m.veto not in ("nonfinite", "explosion"):
+            e, error = self._learn(e, ledger.standard_error, probe)
+            ledger = ledger._replace(standard_error=error)
+        assert e.probe.gaussian is not None
         # The filtered level, which differs little from the probe; never below what the probe itself has shown.
         level = max(e.probe.gaussian.level, y)
         ledger = ledger._replace(best=min(ledger.best, level), last_accepted=m.step, declined=False)
         return e._replace(reference=probe.losses), ledger, verdict._replace(level=level)
+
+    def _learn(self, e: Estimators, known: float, probe: ProbeReading) -> tuple[Estimators, float]:
+        """Standard error of the difference between two probes; 0 while nothing is known of it.
+
+        A mean alone, as logs hold it, does not tell: it is as uncertain as such means were to predict, or wandered.
+        """
+        if _comparable(e, probe):
+            assert e.reference is not None
+            error = paired_standard_error(probe.losses, e.reference)
+            return e, error if known == 0 else known + _ERROR_GAIN * (error - known)
+        prediction = self._probe.predict(e.probe, 0.0) if len(probe.losses) == 1 else None
+        if prediction is None or not prediction.ready:
+            return e, known
+        e = e._replace(wander=wandered(e.wander, probe.mean, prediction.deviation))
+        few = 1.0 + _FEW / e.probe.scale.seen
+        return e, float(few * max(e.wander.deviation, prediction.deviation))
 
     def _line(self, ledger: Ledger, share: float = 1.0) -> Envelope:
         return self._rule.of(ledger.start, ledger.best, ledger.standard_error, share=share)
@@ -229,9 +250,10 @@ class Judge:
         Severe harm that an innovation explains is undone at once, and so is harm that is about to leave the envelope
         while the innovations go on, or has left it under a learning rate that was never certified. Moderate harm is
         given time: it is confirmed when it grows, or when it has not fallen by a third over probes at doubling
-        distances. Without any innovation to explain it, it is given four times as long, since healthy training has such
-        spikes and recovers from them. With one, half of the bound counts as harm if it lasts, and a quarter while its
-        cause lasts as well.
+        distances. So is harm short of an untrained model that a few examples make up: damage to a model shows on most
+        of them, while the spikes of an optimizer that has fitted its data throw single ones far off, and heal. Without
+        any innovation to explain it, harm is given four times as long, since healthy training has such spikes and
+        recovers from them. With one, half of the bound counts as harm if it lasts, and a quarter while its cause lasts.
         """
         assert verdict.envelope is not None
         raised = ledger.excursion.raised
@@ -255,23 +277,25 @@ class Judge:
             return ledger._replace(episode=None, lapsed=ledger.lapsed + 1), verdict._replace(
                 overfitting=True, evidence=(*verdict.evidence, advice)
             )
-        patience = self._settings.patience
+        patience, risen = self._settings.patience, _risen(verdict)
+        lasts = episode.broken >= patience + (2 if episode.explained else 4) and excess > 0.67 * episode.worst
         if verdict.broken and raised:
             confirmed = True
         elif give_back > max(0.5, 2.5 * self._settings.give_back):
-            confirmed = episode.explained or (episode.broken >= 2 and excess > 0.8 * previous)
-        elif self._goes_on(ledger, m) and self._leaves(verdict, episode, elapsed):
+            severe = episode.explained or (episode.broken >= 2 and excess > 0.8 * previous)
+            confirmed = lasts or (severe and (risen > _EVERYWHERE or give_back > 1.0))
+        elif self._goes_on(ledger, m) and self._leaves(verdict, episode, elapsed) and risen > _EVERYWHERE:
             confirmed = True
         elif not verdict.broken:
             last = 2 if self._lasts(ledger, m) else patience + 2
             confirmed = episode.broken >= last and excess > 0.67 * episode.worst
         elif ledger.ladder.score:
-            confirmed = episode.broken >= patience + 2 or episode.rising + (verdict.y > episode.y) > patience
+            climbs = episode.rising + (verdict.y > episode.y) > patience
+            confirmed = (episode.broken >= patience + 2 or climbs) and risen > _CREDIBLE_RISE
         else:
             climbing = episode.rising + (verdict.y > episode.y) >= patience
             growing = episode.explained and (climbing or (episode.broken >= patience and excess > 1.15 * episode.first))
-            last = patience + (2 if episode.explained else 4)
-            confirmed = growing or (episode.broken >= last and excess > 0.67 * episode.worst)
+            confirmed = lasts or (growing and risen > _EVERYWHERE)
         if not confirmed:
             return ledger, verdict
         where = (
@@ -333,6 +357,8 @@ class Judge:
         settings, age = self._settings, m.step - ledger.began
         if age < settings.warmup_steps or ledger.probes < PROBES or math.isnan(ledger.start):
             return ledger
+        if ledger.standard_error == 0 and ledger.probes < 3 * PROBES:
+            return ledger  # where nothing is known of a probe's noise, nothing is known of its progress
         floor = self._rule.of(ledger.best, ledger.best, ledger.standard_error).allowance
         progressed = ledger.start - ledger.best > 2.0 * floor
         if progressed or age >= 10 * settings.warmup_steps:
@@ -350,6 +376,11 @@ def _loss_of(give_back: float, envelope: Envelope) -> str:
 def _comparable(e: Estimators, probe: ProbeReading) -> bool:
     # A log holds means alone: there is nothing to pair then.
     return e.reference is not None and len(e.reference) == len(probe.losses) > 1
+
+
+def _risen(verdict: Verdict) -> float:
+    """Standard errors by which the paired examples have risen; inf without pairs."""
+    return next((item.statistic for item in verdict.evidence if item.detector == "paired-probe"), math.inf)
 
 
 def _beyond(y: float, prediction: ProbePrediction) -> bool:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from kalmanguard.records import Evidence, FloatArray, Guarantee
+
+#: Larger losses have no squares.
+_LARGEST = 1e150
 
 
 def paired_standard_error(losses: FloatArray, reference: FloatArray) -> float:
     """Standard error of the mean of per-example differences, shape ``(n,)`` both; 0 for n = 1: none is known."""
-    differences = (losses - reference).tolist()
-    n = len(differences)
+    n = len(losses)
     if n < 2:
         return 0.0
+    differences, scale = _differences(losses, reference)
     mean = math.fsum(differences) / n
-    return math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    return scale * math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+
+
+def _differences(losses: FloatArray, reference: FloatArray) -> tuple[list[float], float]:
+    """Differences in a unit in which they have squares, and that unit: 1 but for losses beyond 1e150."""
+    largest = max(float(np.abs(losses).max()), float(np.abs(reference).max()))
+    scale = largest if largest > _LARGEST else 1.0
+    return (losses / scale - reference / scale if scale != 1.0 else losses - reference).tolist(), scale
 
 
 def paired_test(losses: FloatArray, reference: FloatArray, *, level: float = 1e-6) -> Evidence:
@@ -45,7 +57,8 @@ def paired_test(losses: FloatArray, reference: FloatArray, *, level: float = 1e-
     False
     """
     n = len(losses)
-    difference = math.fsum((losses - reference).tolist()) / n
+    differences, scale = _differences(losses, reference)
+    difference = scale * (math.fsum(differences) / n)
     error = paired_standard_error(losses, reference)
     z = difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
     p_value = math.erfc(z / math.sqrt(2.0)) / 2.0

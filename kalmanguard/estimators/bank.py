@@ -8,6 +8,7 @@ from typing import NamedTuple
 from kalmanguard.estimators.probe import ProbeFilter, ProbeState
 from kalmanguard.estimators.trajectory import TrajectoryFilter, TrajectoryState
 from kalmanguard.estimators.trend import TrendFilter, TrendState
+from kalmanguard.estimators.wander import Wander
 from kalmanguard.records import FloatArray, Innovation, Measurement
 
 #: Channels of `Innovations`, in order.
@@ -31,6 +32,7 @@ class Estimators(NamedTuple):
     buffers: TrendState = TrendState()
     largest_gradient: float = 0.0
     reference: FloatArray | None = None
+    wander: Wander = Wander()
 
 
 class Innovations(NamedTuple):
@@ -108,7 +110,15 @@ class EstimatorBank:
         probe = self._probe.travel(e.probe, speed)
         return (
             Estimators(
-                trajectory_state, probe, loss_state, gradient_state, gain_state, buffer_state, largest, e.reference
+                trajectory_state,
+                probe,
+                loss_state,
+                gradient_state,
+                gain_state,
+                buffer_state,
+                largest,
+                e.reference,
+                e.wander,
             ),
             Innovations(loss, gradient, gain, buffers, moved, nis, rank, speed),
         )

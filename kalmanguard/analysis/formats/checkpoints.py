@@ -20,12 +20,20 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 #: Under which keys a training script keeps the model's own state.
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "params")
 _SIZE = 64
+#: One file of several that are one checkpoint.
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+")
 
 
 def found_in(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoints in a folder, by step: files, or folders such as ``checkpoint-500`` that hold one.
 
-    The step is the last number in the name. Links that lead out of the folder are not followed.
+    The step is the number behind ``step`` in the name, where there is one, else the last whole one. Links are not
+    followed.
+
+    Raises
+    ------
+    TrajectoryError
+        A folder holds one checkpoint in several files.
     """
     found: dict[int, Path] = {}
     for child in sorted(folder.iterdir()):
@@ -34,16 +42,33 @@ def found_in(folder: Path) -> list[tuple[int, Path]]:
         file: Path | None = child
         if child.is_dir():
             inside = [p for p in sorted(child.iterdir()) if _is_weights(p)]
+            if sum(bool(_SHARD.search(p.name)) for p in inside) > 1:
+                raise TrajectoryError(
+                    f"{child} holds a checkpoint in several files: save it as one to have its parameters compared."
+                )
             file = next((p for p in inside if p.suffix == ".safetensors"), inside[0] if inside else None)
         elif not _is_weights(child):
             continue
-        numbers = re.findall(r"\d+", child.name if child.is_dir() else child.stem)
-        if file is None or not numbers:
+        step = _step_in(child.name if child.is_dir() else child.stem)
+        if file is None or step is None:
             continue
-        step = int(numbers[-1])
         if step not in found or file.suffix == ".safetensors":
             found[step] = file
     return sorted(found.items())
+
+
+def _step_in(name: str) -> int | None:
+    """The step that a name tells.
+
+    >>> _step_in("epoch=1-step=1200"), _step_in("epoch=1-val_loss=0.29"), _step_in("checkpoint-500"), _step_in("best")
+    (1200, 1, 500, None)
+    """
+    for word in ("step", "iter"):
+        found = re.search(rf"{word}\w*?[=_-]?([0-9]+)", name, re.IGNORECASE)
+        if found is not None:
+            return int(found[1])
+    numbers = re.findall(r"(?<![0-9.])[0-9]+(?![0-9.])", name)
+    return int(numbers[-1]) if numbers else None
 
 
 def _is_weights(path: Path) -> bool:

@@ -29,7 +29,7 @@ class DelimitedReader:
     def chunks(self) -> Iterator[Chunk]:
         text = lines(self._path, self.notes)
         first = next(text, "")
-        while first.startswith("#"):
+        while first.startswith("#") or (first and not first.strip()):
             first = next(text, "")
         delimiter = max(_DELIMITERS, key=first.count)
         try:

@@ -12,7 +12,7 @@ from kalmanguard.analysis.formats.parquet import ParquetReader
 from kalmanguard.analysis.formats.records import RecordsReader
 from kalmanguard.analysis.formats.tensorboard import EventReader, is_event_file
 from kalmanguard.analysis.formats.trainer import FILE_NAME, TrainerReader, state_in
-from kalmanguard.analysis.tables import Reader
+from kalmanguard.analysis.tables import Reader, printable
 from kalmanguard.errors import TrajectoryError
 from kalmanguard.journal.schema import FILE_NAME as JOURNAL
 
@@ -20,6 +20,12 @@ _LOGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json")
 _COMPRESSED = (".gz", ".bz2", ".xz")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _MOST_FILES = 20_000
+#: Folders that frameworks write the parts of one run to, and what their tags are then called.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "eval", "evaluation", "dev"), "val"),
+    "test": "test",
+}
 
 
 def open_file(path: Path) -> Reader:
@@ -79,7 +85,7 @@ def parts(path: Path) -> list[tuple[str, Reader]]:
         raise TrajectoryError(f"The folder {path} holds {len(children):,} entries; name one of them.")
     events = sorted(p for p in path.rglob("*tfevents*") if p.is_file() and not p.is_symlink() and is_event_file(p))
     if events:
-        return [(_relative(path, p.parent), EventReader(p)) for p in events]
+        return _noted(_events(path, events), path, [c.name for c in children if c.is_file() and _suffix(c) in _LOGS])
     state = state_in(path)
     if state is not None:
         return [(path.resolve().name, TrainerReader(state))]
@@ -88,7 +94,7 @@ def parts(path: Path) -> list[tuple[str, Reader]]:
         return [(child.name, JournalReader(child)) for child in journals]
     logs = [child for child in children if child.is_file() and _suffix(child) in _LOGS]
     if logs:
-        return [(run_name(log), open_file(log)) for log in logs]
+        return _logs(logs)
     if any(child.suffix in _WEIGHTS or child.is_dir() for child in children):
         # torch takes seconds to load, and only checkpoints need it.
         from kalmanguard.analysis.formats.checkpoints import CheckpointReader, found_in
@@ -104,11 +110,48 @@ def parts(path: Path) -> list[tuple[str, Reader]]:
 def run_name(path: Path) -> str:
     """A file's name without its suffixes."""
     if is_event_file(path):
-        return path.resolve().parent.name
+        return printable(path.resolve().parent.name)
     name = path.name
     for suffix in (*_COMPRESSED, *_LOGS):
         name = name.removesuffix(suffix)
-    return name or path.name
+    return printable(name or path.name)
+
+
+def _logs(logs: list[Path]) -> list[tuple[str, Reader]]:
+    """Log files of a folder; two of one name are two runs, and one that cannot be read does not hide the others."""
+    names = [run_name(log) for log in logs]
+    found: list[tuple[str, Reader]] = []
+    refused: list[TrajectoryError] = []
+    for log, name in zip(logs, names, strict=True):
+        try:
+            found.append((name if names.count(name) == 1 else printable(log.name), open_file(log)))
+        except TrajectoryError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    found[0][1].notes.extend(f"A file was left out: {why}" for why in refused)
+    return found
+
+
+def _events(folder: Path, events: list[Path]) -> list[tuple[str, Reader]]:
+    """Event files by their folder; neighbours named for splits, such as train and validation, are one run."""
+    found: list[tuple[str, Reader]] = []
+    homes = {event.parent for event in events}
+    for event in events:
+        home, split = event.parent, _SPLITS.get(event.parent.name.lower())
+        kin = [other for other in homes if other.parent == home.parent and other.name.lower() in _SPLITS]
+        if split is not None and len(kin) > 1:
+            found.append((_relative(folder, home.parent), EventReader(event, prefix=split)))
+        else:
+            found.append((_relative(folder, home), EventReader(event)))
+    return found
+
+
+def _noted(found: list[tuple[str, Reader]], path: Path, others: list[str]) -> list[tuple[str, Reader]]:
+    if others:
+        shown = printable(", ".join(others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        found[0][1].notes.append(f"Only TensorBoard events were read; {shown} in {path} were not: name one to read it.")
+    return found
 
 
 def _suffix(path: Path) -> str:
@@ -119,8 +162,8 @@ def _suffix(path: Path) -> str:
 
 
 def _relative(root: Path, folder: Path) -> str:
-    name = folder.relative_to(root).as_posix()
-    return root.resolve().name if name == "." else name
+    name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else "."
+    return printable(root.resolve().name if name == "." else name)
 
 
 def _is_line(text: bytes, start: bytes) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,10 @@ class ParquetReader:
                     field.name
                     for field in file.schema_arrow
                     if not (
-                        pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or _is_text(pa, field.type)
+                        pa.types.is_integer(kind := _plain(pa, field.type))
+                        or pa.types.is_floating(kind)
+                        or pa.types.is_decimal(kind)
+                        or _is_text(pa, kind)
                     )
                 ]
                 if others:
@@ -51,14 +55,21 @@ class ParquetReader:
             raise TrajectoryError(f"{self._path} is no Parquet file that can be read: {error}.") from None
 
 
-def _is_text(pa: object, kind: object) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))  # type: ignore[attr-defined]
+def _plain(pa: Any, kind: Any) -> Any:
+    """What a column holds, however it is stored."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _chunk(pa: object, batch: object) -> Chunk:
+def _is_text(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _chunk(pa: Any, batch: Any) -> Chunk:
     columns: dict[str, Column] = {}
     texts: dict[str, tuple[str, ...]] = {}
-    for name, array in zip(batch.schema.names, batch.columns, strict=True):  # type: ignore[attr-defined]
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        if isinstance(array, pa.DictionaryArray):
+            array = array.dictionary_decode()
         if _is_text(pa, array.type):
             texts[name] = tuple("" if word is None else word for word in array.to_pylist())
             continue
@@ -66,4 +77,4 @@ def _chunk(pa: object, batch: object) -> Chunk:
         # Nulls become nan in the values, and stay absent by the mask.
         values = array.cast("float64", safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
         columns[name] = Column(np.where(logged, values, np.nan), logged)
-    return Chunk(batch.num_rows, columns, texts)  # type: ignore[attr-defined]
+    return Chunk(batch.num_rows, columns, texts)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kalmanguard.analysis.columns import is_channel
 from kalmanguard.analysis.formats.bytes import lines
-from kalmanguard.analysis.tables import Chunk, Column
+from kalmanguard.analysis.tables import ABSENT, Chunk, Column
 from kalmanguard.errors import TrajectoryError
 from kalmanguard.records import FloatArray
 
@@ -50,7 +51,7 @@ class RecordsReader:
         any_row = False
         while batch := list(islice(records, _ROWS)):
             any_row = True
-            yield chunk_of(batch, str(self._path))
+            yield chunk_of(batch, str(self._path), self.notes)
         if not any_row:
             raise TrajectoryError(f"{self._path} holds no records.")
 
@@ -69,13 +70,24 @@ class RecordsReader:
         if pending is not None:
             self.notes.append(f"The last line is cut short and was left out ({pending})")
 
+    def _bounded(self) -> Iterator[str]:
+        read = 0
+        for line in lines(self._path, self.notes):
+            read += len(line)
+            if read > _LARGEST_DOCUMENT:
+                raise TrajectoryError(
+                    f"{self._path} expands to one JSON document of more than {_LARGEST_DOCUMENT:,} characters: write "
+                    "JSON lines instead."
+                )
+            yield line
+
     def _whole(self) -> Iterator[dict[str, Any]]:
         if self._path.stat().st_size > _LARGEST_DOCUMENT:
             raise TrajectoryError(
                 f"{self._path} is one JSON document of {self._path.stat().st_size:,} bytes: write JSON lines instead."
             )
         try:
-            data = json.loads("".join(lines(self._path, self.notes)))
+            data = json.loads("".join(self._bounded()))
         except (ValueError, RecursionError) as error:
             raise TrajectoryError(f"{self._path} is no JSON document: {error}.") from None
         if isinstance(data, dict) and self._key is not None:
@@ -94,6 +106,10 @@ class RecordsReader:
             yield from [flat(item, f"record {number:,}") for number, item in enumerate(data, start=1)]
         except ValueError as error:
             raise TrajectoryError(f"{self._path}: {error}.") from None
+
+
+def _is_absent(cell: object) -> bool:
+    return cell is None or (isinstance(cell, str) and cell.strip().lower() in ABSENT)
 
 
 def flat(item: object, where: str) -> dict[str, Any]:
@@ -121,8 +137,15 @@ def flat(item: object, where: str) -> dict[str, Any]:
     return found
 
 
-def chunk_of(records: list[dict[str, Any]], where: str) -> Chunk:
-    """Records as columns; numbers may be words, as some loggers write nan."""
+def chunk_of(records: list[dict[str, Any]], where: str, notes: list[str]) -> Chunk:
+    """Records as columns; numbers may be words, as some loggers write nan.
+
+    Raises
+    ------
+    TrajectoryError
+        There are too many columns, or the step or a loss holds both numbers and something else. What else is odd is
+        left out and noted.
+    """
     names = dict.fromkeys(key for record in records for key in record)
     if len(names) > _MOST_COLUMNS:
         raise TrajectoryError(f"{where} has more than {_MOST_COLUMNS:,} columns: it is no log.")
@@ -132,33 +155,46 @@ def chunk_of(records: list[dict[str, Any]], where: str) -> Chunk:
         if name == VELOCITY:
             continue
         cells = [record.get(name) for record in records]
-        column = _numbers(cells)
-        if column is not None:
+        column, odd = _numbers(cells)
+        if column.logged.any():
             columns[name] = column
-        elif all(cell is None or isinstance(cell, str) for cell in cells):
+            if odd and is_channel(name):
+                raise TrajectoryError(
+                    f"Column {name!r} of {where} holds numbers and others, such as {odd[0]!r:.40}: write numbers, and "
+                    "nothing or null where there is none."
+                )
+            if odd:
+                note = f"Column {name!r} holds more than numbers, such as {odd[0]!r:.40}: only its numbers were read."
+                if note not in notes:
+                    notes.append(note)
+        elif all(cell is None or isinstance(cell, str) for cell in cells) and odd:
             texts[name] = tuple("" if cell is None else cell for cell in cells)
     return Chunk(len(records), columns, texts, _velocities(records, where))
 
 
-def _numbers(cells: list[Any]) -> Column | None:
+def _numbers(cells: list[Any]) -> tuple[Column, list[Any]]:
+    """The numbers among cells, and the cells that are neither numbers nor absent."""
+    odd: list[Any] = []
     values = np.full(len(cells), np.nan)
     logged = np.zeros(len(cells), dtype=np.bool_)
     for row, cell in enumerate(cells):
-        if cell is None:
+        if _is_absent(cell):
             continue
         if isinstance(cell, str):
             try:
                 cell = float(cell)
             except ValueError:
-                return None
+                odd.append(cell)
+                continue
         elif not isinstance(cell, int | float):
-            return None
+            odd.append(cell)
+            continue
         try:
             values[row] = cell
         except OverflowError:
             values[row] = np.inf if cell > 0 else -np.inf
         logged[row] = True
-    return Column(values, logged) if logged.any() else None
+    return Column(values, logged), odd
 
 
 def _velocities(records: list[dict[str, Any]], where: str) -> FloatArray | None:

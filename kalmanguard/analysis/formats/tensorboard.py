@@ -20,14 +20,15 @@ def is_event_file(path: Path) -> bool:
 
 
 class EventReader:
-    """Streams one event file; a damaged tail is left out and noted."""
+    """Streams one event file; a damaged tail is left out and noted. ``prefix`` goes before every tag."""
 
     format = "TensorBoard"
     named = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, prefix: str = "") -> None:
         self.notes: list[str] = []
         self._path = path
+        self._prefix = f"{prefix}/" if prefix else ""
 
     def chunks(self) -> Iterator[Chunk]:
         batch: list[dict[str, Any]] = []
@@ -36,10 +37,10 @@ class EventReader:
             any_row = True
             batch.append(record)
             if len(batch) == _ROWS:
-                yield chunk_of(batch, str(self._path))
+                yield chunk_of(batch, str(self._path), self.notes)
                 batch = []
         if batch:
-            yield chunk_of(batch, str(self._path))
+            yield chunk_of(batch, str(self._path), self.notes)
         if not any_row:
             raise TrajectoryError(f"{self._path} holds no scalars.")
 
@@ -53,17 +54,24 @@ class EventReader:
             ) from None
         from google.protobuf.message import DecodeError
 
-        damaged = _intact_bytes(self._path)
+        records, damaged = _intact_records(self._path)
         if damaged is not None:
             self.notes.append(damaged)
+        read = 0
         try:
             for event in EventFileLoader(str(self._path)).Load():
+                read += 1
                 for value in event.summary.value:
                     number = _scalar(value, tensor_util)
                     if number is not None:
-                        yield {"step": event.step, value.tag: number}
+                        yield {"step": event.step, self._prefix + value.tag: number}
         except (DecodeError, ValueError, TypeError, OSError, struct.error) as error:
             raise TrajectoryError(f"{self._path} is no TensorBoard event file that can be read: {error}.") from None
+        if read < records:
+            # The loader stops at the first record whose checksum is wrong.
+            self.notes.append(
+                f"Record {read + 1:,} of {records:,} is damaged: it and what comes after it in this file were left out."
+            )
 
 
 def _scalar(value: Any, tensor_util: Any) -> float | None:
@@ -81,19 +89,21 @@ def _scalar(value: Any, tensor_util: Any) -> float | None:
     return None
 
 
-def _intact_bytes(path: Path) -> str | None:
-    """A note when the file does not end with a whole record (length, its checksum, data, their checksum)."""
+def _intact_records(path: Path) -> tuple[int, str | None]:
+    """How many whole records (length, its checksum, data, its checksum) there are, and a note on what is cut short."""
     size = path.stat().st_size
     if size < 16:
         raise TrajectoryError(f"{path} has {size} bytes: it is no TensorBoard event file.")
-    at = 0
+    at = records = 0
     with open(path, "rb") as file:
         while at + 16 <= size:
             (length,) = struct.unpack("<Q", file.read(12)[:8])
             if at + 16 + length > size:
                 break
             at += 16 + length
+            records += 1
             file.seek(at)
     if at == 0:
         raise TrajectoryError(f"{path} is no TensorBoard event file: its first record is cut short.")
-    return None if at == size else f"The file is cut short after {at:,} of its {size:,} bytes; the rest was left out."
+    cut = f"The file is cut short after {at:,} of its {size:,} bytes; the rest was left out."
+    return records, None if at == size else cut
