@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.benchmark import Result
@@ -41,6 +42,8 @@ class Flight:
         Steps at whose end the held-out loss is measured; that of the end always is.
     rates
         Whether the learning rates that the optimizer really used are recorded.
+    undone
+        Whether the true loss of every state that a guard undoes is measured.
     """
 
     recipe: str
@@ -53,6 +56,7 @@ class Flight:
     truth: tuple[int, ...] = ()
     held_out: tuple[int, ...] = ()
     rates: bool = False
+    undone: bool = False
 
     @property
     def key(self) -> str:
@@ -64,8 +68,9 @@ def fly(flight: Flight) -> Result:
     """Run it.
 
     Among the results: ``truth`` at the end of a step as trained, ``truth_judged`` after a guard put another state back,
-    ``truth_end`` of the state that the run leaves behind, and ``step_cpu_s``, the mean processor time of a step with
-    its guard, all threads together, without what is measured about it.
+    ``truth_undone`` of the states that it took away, ``truth_end`` of the state that the run leaves behind, and
+    ``step_cpu_s``, the mean processor time of a step with its guard, all threads together, without what is measured
+    about it.
     """
     torch.set_num_threads(1)
     torch.manual_seed(flight.seed)
@@ -82,6 +87,7 @@ class _Loop:
         self.plant = make_plant(flight.recipe, seed=flight.seed, steps=flight.steps)
         self.truth = Truth(self.plant)
         self.judged: dict[int, float] = {}
+        self.undone: dict[int, float] = {}
         self.gauges: dict[int, float] = {}
         self.cpu_s = 0.0
         self.live = self.lost = 0
@@ -110,12 +116,16 @@ class _Loop:
                     self._gauge(step)
                 if step in kept:
                     held_out[step] = plant.held_out_loss()
+                kept_state = copied(plant.model) if flight.undone else None
                 started = time.process_time()
                 goes_on = guard.after(step, loss)
                 self.cpu_s += time.process_time() - started
                 self._reckon(guard.events[seen:], step)
-                if step in wanted and any(event["restored"] is not None for event in guard.events[seen:]):
+                restored = any(event["restored"] is not None for event in guard.events[seen:])
+                if step in wanted and restored:
                     self.judged[step] = self.truth()
+                if restored and kept_state is not None:
+                    self.undone[step] = self._truth_of(kept_state)
                 if not goes_on:
                     break
         return {
@@ -123,6 +133,7 @@ class _Loop:
             "ended": step,
             "truth": [[t, _finite(y)] for t, y in truth.items()],
             "truth_judged": [[t, _finite(y)] for t, y in self.judged.items()],
+            "truth_undone": [[t, _finite(y)] for t, y in self.undone.items()],
             "truth_end": _finite(self.truth()) if flight.truth else None,
             "gauge": [[t, _finite(y)] for t, y in self.gauges.items()],
             "step_cpu_s": self.cpu_s / step if step else None,
@@ -135,7 +146,14 @@ class _Loop:
             **guard.close(),
         }
 
-    def _update(self, injector: FaultInjector, guard: Guard, step: int) -> tuple[torch.Tensor, int]:
+    def _truth_of(self, state: list[Tensor]) -> float:
+        now = copied(self.plant.model)
+        put_back(self.plant.model, state)
+        truth = self.truth()
+        put_back(self.plant.model, now)
+        return truth
+
+    def _update(self, injector: FaultInjector, guard: Guard, step: int) -> tuple[Tensor, int]:
         plant, flight = self.plant, self.flight
         if step == flight.skip:
             next(plant.loader)
@@ -166,6 +184,18 @@ class _Loop:
 
     def _see_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
+
+
+def copied(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, copied."""
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, state: list[Tensor]) -> None:
+    """Set parameters and buffers to what `copied` gave."""
+    for tensor, value in zip(model.state_dict().values(), state, strict=True):
+        tensor.copy_(value)
 
 
 def _finite(value: float) -> float | None:

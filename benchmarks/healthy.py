@@ -24,9 +24,6 @@ _LONG_STEPS, _SHORT_STEPS = 3_000, 400
 #: Guards that run unless others are asked for.
 USUAL = ("kalmanguard", "z-score", "ARC")
 KINDS = ("suspicion", "veto", "rollback", "halt")
-#: A rollback is no false one if the bare twin's true loss gives back more than `HARM` between so many steps before it
-#: (to the last measurement) and so many after.
-_BEFORE, _AFTER = 10, 100
 
 
 class Healthy(Benchmark):
@@ -72,13 +69,12 @@ class Healthy(Benchmark):
                 cells += [spread([r["ratio"] for r in runs]), spread([r["most_given_back"] for r in runs], 2)]
                 rows.append(cells)
         parts = [
-            "Nobody has damaged any of these runs. *False*: rollbacks and halts where the bare twin, which goes on "
-            f"undisturbed, gives back no more than {100 * HARM:.0f} % of its progress from {_BEFORE} steps before to "
-            f"{_AFTER} after, by the same definition of harm as elsewhere on this page; the others undo spikes that "
-            "the run has by itself. *Learning rate touched*: steps whose rate differed from the bare run's; *same "
-            "end*: runs whose final held-out loss is the bare run's to the last bit; *final*: over the bare run's, "
-            "median / worst; *given back*: largest share of the progress on examples that no guard sees, at every "
-            "10th step, median / worst run.",
+            "Nobody has damaged any of these runs. *False*: rollbacks and halts that undo a state which gives back no "
+            f"more than {100 * HARM:.0f} % of the progress on examples that no guard sees, by the same definition of "
+            "harm as elsewhere on this page; the others undo spikes that the run has by itself. *Learning rate "
+            "touched*: steps whose rate differed from the bare run's; *same end*: runs whose final held-out loss is "
+            "the bare run's to the last bit; *final*: over the bare run's, median / worst; *given back*: largest share "
+            "of the progress on examples that no guard sees, at every 10th step, median / worst run.",
             table(
                 [
                     *("kalmanguard on", "runs x steps", "suspicions", "vetoes", "clips", "rollbacks", "halts"),
@@ -101,7 +97,8 @@ class Healthy(Benchmark):
 
 def _flight(recipe: str, seed: int, guard: str) -> Flight:
     steps = _LONG_STEPS if recipe in LONG else _SHORT_STEPS
-    return Flight(recipe=recipe, seed=seed, steps=steps, guard=guard, rates=True, truth=(0, *range(30, steps + 1, 10)))
+    truth = (0, *range(30, steps + 1, 10))
+    return Flight(recipe=recipe, seed=seed, steps=steps, guard=guard, rates=True, truth=truth, undone=guard != "none")
 
 
 def _judge(flight: Flight, run: Result, bare: Result) -> Result:
@@ -117,7 +114,8 @@ def _judge(flight: Flight, run: Result, bare: Result) -> Result:
         **{kind: kinds.count(kind) for kind in KINDS},
         "alarmed_steps": len({event["step"] for event in run["events"]}),
         "clips": run["clips"],
-        "false": sum(not _harmed(bare, event["step"]) for event in run["events"] if event["kind"] in KINDS[2:]),
+        "false": sum(_undone(run, event["step"]) <= HARM for event in run["events"] if event["kind"] in KINDS[2:]),
+        "undone": [_undone(run, step) for step, _ in run["truth_undone"]],
         "lost": run["lost"],
         "rates_touched": sum(one != other for one, other in rates) + len(bare["rates"]) - len(run["rates"]),
         "ratio": None if run["final"] is None else run["final"] / bare["final"],
@@ -128,9 +126,10 @@ def _judge(flight: Flight, run: Result, bare: Result) -> Result:
     }
 
 
-def _harmed(bare: Result, step: int) -> bool:
-    """Whether the run is harmed around a step when nobody touches it."""
-    return any(give_back(bare["truth"], t) > HARM for t, _ in bare["truth"] if step - _BEFORE <= t <= step + _AFTER)
+def _undone(run: Result, step: int) -> float:
+    """Share of the progress that the state which was undone at a step had lost; 0 where nothing was undone."""
+    found = [entry for entry in run["truth_undone"] if entry[0] == step]
+    return give_back([*(entry for entry in run["truth"] if entry[0] < step), *found], step) if found else 0.0
 
 
 def _rates(guard: str, result: Result) -> list[object]:

@@ -314,6 +314,38 @@ class Supervisor:
         """
         self._loop.tap.clipped_from = norm
 
+    def gradients_ready(self, optimizer: Optimizer) -> None:
+        """Show the gradients of a step with a closure, ``optimizer.step(closure)``; call at the closure's end.
+
+        There they can be judged before they are applied, and the step dropped; without this call a step with a closure
+        is judged afterwards only. Called outside a step, before gradients are clipped, it does what `clipped_from`
+        does.
+
+        Parameters
+        ----------
+        optimizer
+            The one whose gradients they are.
+
+        Examples
+        --------
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Linear(4, 1)
+        >>> optimizer = torch.optim.LBFGS(model.parameters())
+        >>> held_out = [(torch.randn(32, 4), torch.randn(32, 1))]
+        >>> with Supervisor(model, held_out) as supervisor:
+        ...     def closure():
+        ...         optimizer.zero_grad()
+        ...         loss = (model(torch.ones(8, 4)) - torch.nan).square().mean()
+        ...         loss.backward()
+        ...         supervisor.gradients_ready(optimizer)
+        ...         return loss
+        ...     _ = optimizer.step(closure)
+        ...     decision = supervisor.update()
+        >>> decision.action.value, bool(torch.isfinite(model.weight).all())
+        ('VETO', True)
+        """
+        self._loop.tap.gradients_ready(optimizer)
+
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write facts about the run into its journal, which says them with all else: a recipe, a data set's version.
 

@@ -243,6 +243,62 @@ def test_a_sparse_gradient_above_the_gate_is_clipped(taps: list[OptimizerTap]) -
     assert float((embedding.weight.detach() - before).norm()) == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.LBFGS])
+def test_a_step_with_a_closure_is_dropped_when_its_gradients_are_shown(
+    kind: type[Any], taps: list[OptimizerTap]
+) -> None:
+    """Momentum, step counters and the learning rate that recovery has cut are as after a step that was not taken."""
+
+    class Halved:
+        def before_step(self, optimizer: Any) -> None:
+            optimizer.param_groups[0]["lr"] *= 0.5
+
+        def after_step(self, optimizer: Any) -> None:
+            optimizer.param_groups[0]["lr"] *= 2.0
+
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.1)
+    tap = OptimizerTap(model.parameters())
+    taps.append(tap)
+    tap.effects.append(Halved())
+    x, factor = torch.randn(6, 5), 1.0
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = factor * model(x).square().mean()
+        loss.backward()
+        tap.gradients_ready(optimizer)
+        return loss
+
+    optimizer.step(closure)
+    assert tap.veto is None
+    assert tap.gradient_norm is not None
+    assert tap.effective == (0.05,)
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = copy.deepcopy(optimizer.state_dict()["state"])
+    tap.reset()
+    factor = math.inf
+    optimizer.step(closure)
+    assert tap.veto == "nonfinite"
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    if kind is torch.optim.AdamW:
+        assert str(optimizer.state_dict()["state"]) == str(moments)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_gradients_shown_before_a_step_are_those_from_before_clipping(taps: list[OptimizerTap]) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tap = OptimizerTap(model.parameters())
+    taps.append(tap)
+    model(torch.randn(6, 5)).square().mean().backward()
+    tap.gradients_ready(optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+    optimizer.step()
+    assert tap.gradient_norm == pytest.approx(norm, rel=1e-6)
+
+
 @pytest.mark.parametrize("positional", [True, False])
 def test_a_step_with_a_closure_is_watched_and_never_dropped(positional: bool, taps: list[OptimizerTap]) -> None:
     model = network()

@@ -52,6 +52,11 @@ class DecisionLog:
             self._notable.append(self._latest[0])
         self._latest.append(decision)
 
+    @property
+    def last(self) -> Decision | None:
+        """The latest one."""
+        return self._latest[-1] if self._latest else None
+
     def all(self) -> tuple[Decision, ...]:
         """Everything that is kept, in the order of the steps."""
         return (*self._notable, *self._latest)

@@ -76,8 +76,9 @@ class OptimizerTap:
     Notes
     -----
     A dropped step is exact: the gradients are taken away for the duration of the step (so that momentum, weight decay
-    and step counters stand still) and put back afterwards. A step with a closure computes its gradients inside and
-    cannot be dropped. Only hooks that this object has registered are ever removed. Cost: one norm over the gradients
+    and step counters stand still) and put back afterwards. A step with a closure computes its gradients inside: it can
+    only be dropped by whoever calls `gradients_ready` there. Only hooks that this object has registered are ever
+    removed. Cost: one norm over the gradients
     and one scalar read, which on an accelerator waits for the backward pass; fused optimizers are told by a flag on the
     device instead, and `read` learns of it after the step.
     """
@@ -116,6 +117,7 @@ class OptimizerTap:
                 )
             self.optimizers.append(optimizer)
         self._stashed: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._with_closure: set[int] = set()
         self.last_norm: float | None = None
         self.other_ended_s = 0.0
         self.reset()
@@ -187,6 +189,29 @@ class OptimizerTap:
                 "call update() after optimizer.step(), or pass optimizer=... to the Supervisor."
             )
 
+    @torch.no_grad()
+    def gradients_ready(self, optimizer: Optimizer) -> None:
+        """Judge gradients inside a step whose closure has computed them, or tell that they are about to be clipped.
+
+        Within a step of ``optimizer`` what its pre-hook could not see yet is made up for, and the step may be dropped;
+        before one, the gradient's norm is kept as that from before clipping.
+        """
+        if self.paused or not self._bound(optimizer):
+            return
+        if id(optimizer) not in self._with_closure:
+            gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
+            if gradients:
+                self.clipped_from = total_norm(gradients)
+            return
+        self._with_closure.discard(id(optimizer))
+        self._judge(optimizer, may_flag=False)
+        if id(optimizer) in self._stashed:
+            # What recovery has put in force does not act on a step that is dropped.
+            for effect in reversed(self.effects):
+                effect.after_step(optimizer)
+        elif self.steps == 0 and self._on_brace is not None and self._is_daring(self._rates_of[id(optimizer)]):
+            self._on_brace()
+
     def close(self) -> None:
         """Remove the hooks; where that has to wait, they do nothing any more."""
         self.paused = True
@@ -219,8 +244,11 @@ class OptimizerTap:
         rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
         self.rates += rates
         self._rates_of[id(optimizer)] = rates
+        self._with_closure.discard(id(optimizer))
         if kwargs.get("closure") is None and not any(callable(a) for a in args[1:]):
             self._judge(optimizer)
+        else:
+            self._with_closure.add(id(optimizer))
         if id(optimizer) not in self._stashed:
             if self.steps == 0 and self._on_brace is not None and self._is_daring(rates):
                 self._on_brace()
@@ -232,12 +260,12 @@ class OptimizerTap:
         norm = self._square**0.5 if self._seen_gradient else 0.0
         return norm > self.brace_norm or max(rates, default=0.0) > self.brace_rate
 
-    def _judge(self, optimizer: Optimizer) -> None:
+    def _judge(self, optimizer: Optimizer, *, may_flag: bool = True) -> None:
         gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
         if not gradients:
             return
         before, self.clipped_from = self.clipped_from, None
-        if self._skips_by_flag(optimizer, gradients):
+        if may_flag and self._skips_by_flag(optimizer, gradients):
             judged, set_flag = flag(optimizer, gradients, gate=self.gate, clip=self.clip, clipped_from=before)
             self._flagged[id(optimizer)] = (optimizer, set_flag)
             self._unread.append(judged)
@@ -302,6 +330,7 @@ class OptimizerTap:
 
     def _after(self, optimizer: Optimizer) -> None:
         self._unflag(optimizer)
+        self._with_closure.discard(id(optimizer))
         if self.paused:
             return
         if not any(optimizer is known for known in self.optimizers):

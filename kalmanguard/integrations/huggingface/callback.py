@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +11,18 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardError
-from kalmanguard.integrations.decisions import DecisionLog
 from kalmanguard.integrations.huggingface.architecture import architecture
 from kalmanguard.integrations.huggingface.probing import probe_batches
 from kalmanguard.integrations.huggingface.saved import load_state, save_state
 from kalmanguard.integrations.huggingface.tap import TrainerTap, calling_trainer, torch_optimizer
-from kalmanguard.journal.schema import locate
-from kalmanguard.records import Action, Decision, Mode
+from kalmanguard.integrations.session import Session, settings_for_trainers
+from kalmanguard.records import Action, Decision
 from kalmanguard.settings import Settings
 from kalmanguard.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from kalmanguard.certificate.verify import Report
 
-_LOGGER = logging.getLogger(__name__)
 #: Of the run folder in a Trainer's output folder; what begins so is not pushed to the hub.
 _FOLDER = "_kalmanguard"
 
@@ -57,13 +52,6 @@ class KalmanGuardCallback(TrainerCallback):
         mean can be had, examples are evaluated one by one.
     keep
         Number of latest decisions that `decisions` holds besides all that were not nominal.
-
-    Attributes
-    ----------
-    supervisor
-        The `Supervisor` of the present or last run; ``None`` before training.
-    certificate
-        Issued at the end of training; ``None`` before, or when it could not be.
 
     Raises
     ------
@@ -99,24 +87,24 @@ class KalmanGuardCallback(TrainerCallback):
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         keep: int = 1000,
     ) -> None:
-        chosen = Settings.of(settings)
-        if chosen.replay:
-            raise ConfigurationError(
-                "settings.replay = True: a Trainer's data loader cannot be rewound in mid-epoch; leave replay off."
-            )
-        if "on_halt" not in chosen.model_fields_set:
-            chosen = chosen.model_copy(update={"on_halt": "return"})
-        self._settings = chosen
-        self._probe_dataset, self._run_dir, self._loss_fn, self._keep = probe_dataset, run_dir, loss_fn, keep
-        self._log = DecisionLog(keep=keep)
+        self._probe_dataset, self._run_dir = probe_dataset, run_dir
+        self._session = Session(settings_for_trainers(settings, "a Trainer"), loss_fn=loss_fn, keep=keep)
         self._tap: TrainerTap | None = None
-        self.supervisor: Supervisor | None = None
-        self.certificate: Report | None = None
+
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """The supervisor of the present or last run; ``None`` before training."""
+        return self._session.supervisor
+
+    @property
+    def certificate(self) -> Report | None:
+        """Issued at the end of training; ``None`` before, or when it could not be."""
+        return self._session.certificate
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """What was decided in the present or last run: all that was not nominal, and the latest decisions."""
-        return self._log.all()
+        return self._session.decisions
 
     def on_train_begin(
         self,
@@ -138,115 +126,65 @@ class KalmanGuardCallback(TrainerCallback):
         if model is None:
             raise ConfigurationError("The Trainer has passed no model to its callbacks; there is nothing to supervise.")
         self._abandon(None)
-        self._log, self.certificate = DecisionLog(keep=self._keep), None
         base = Path(self._run_dir) if self._run_dir is not None else Path(str(args.output_dir)) / _FOLDER
-        self.supervisor = supervisor = self._supervise(
-            model,
-            probe_batches(trainer, self._probe_dataset),
-            optimizer=torch_optimizer(optimizer, "the supervisor"),
-            scheduler=lr_scheduler,
-            scaler=getattr(trainer.accelerator, "scaler", None),
-            run_dir=_unused(base),
-        )
-        self._tap = TrainerTap(trainer, clipped_from=supervisor.clipped_from, died=self._abandon)
         facts = {
             **architecture(model),
             "planned_steps": state.max_steps,
             "batch": args.train_batch_size,
             "accumulation": args.gradient_accumulation_steps,
         }
-        supervisor.note("training", facts)
+        supervisor = self._session.begin(
+            model,
+            probe_batches(trainer, self._probe_dataset),
+            folder=base,
+            facts=facts,
+            optimizer=torch_optimizer(optimizer, "the supervisor"),
+            scheduler=lr_scheduler,
+            scaler=getattr(trainer.accelerator, "scaler", None),
+        )
+        self._tap = TrainerTap(trainer, clipped_from=supervisor.clipped_from, died=self._abandon)
         if checkpoint is not None:
-            self._resume(supervisor, Path(checkpoint))
+            self._session.resume(lambda: load_state(Path(checkpoint)))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Judge the step, and undo what is confirmed to be wrong."""
-        if self.supervisor is None or self._tap is None:
+        if self._tap is None:
             return control
         loss, batch = self._tap.take()
         try:
-            decision = self.supervisor.update(loss, batch=batch)
-        except Intervention as intervention:
-            if isinstance(intervention.decision, Decision):
-                self._log.add(intervention.decision)
-            self._close()
+            decision = self._session.judge(loss, batch=batch)
+        except Intervention:
+            self._untap()
             raise
-        self._log.add(decision)
-        if decision.action is not Action.ACCEPT:
-            _LOGGER.warning("kalmanguard: %s (%s)", decision.reason.rstrip("."), decision.action.value)
-        if decision.action is Action.HALT:
-            restored = "no earlier state" if decision.restored_step is None else f"step {decision.restored_step}"
-            _LOGGER.warning("kalmanguard: training stops here; the model is that of %s.", restored)
+        if decision is not None and decision.action is Action.HALT:
             control.should_training_stop = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the supervisor's state into the checkpoint that was just written."""
-        if self.supervisor is None or self._tap is None:
+        held = self._session.state()
+        if held is None:
             return
         try:
-            save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.supervisor.state_dict())
+            save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", held)
         except KalmanguardError as error:
-            self._warn(f"the checkpoint goes without the supervisor's state: {error}", error)
+            self._session.warn(f"the checkpoint goes without the supervisor's state: {error}", error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Issue the certificate and close the run."""
-        if self.supervisor is None or self._tap is None:
-            return
-        try:
-            self.certificate = self.supervisor.certificate()
-        except Exception as error:
-            self._warn(f"no certificate was issued: {type(error).__name__}: {error}", error)
-        self._close()
+        self._session.end()
+        self._untap()
 
-    def _supervise(self, model: nn.Module, batches: Any, **options: Any) -> Supervisor:
-        try:
-            return Supervisor(model, batches, loss_fn=self._loss_fn, settings=self._settings, **options)
-        except KalmanguardError:
-            raise
-        except Exception as error:
-            raise ConfigurationError(
-                f"The model cannot be evaluated on the probe's examples ({type(error).__name__}: {error}); pass a "
-                "probe_dataset that it can, or loss_fn=..."
-            ) from error
-
-    def _resume(self, supervisor: Supervisor, checkpoint: Path) -> None:
-        try:
-            supervisor.load_state_dict(load_state(checkpoint))
-        except KalmanguardError as error:
-            self._warn(f"{str(error).rstrip('.')}; supervision begins anew", error)
-            return
-        if supervisor.statistics()["mode"] == Mode.HALTED.value:
-            # Whoever resumes a halted run wants it to go on.
-            supervisor.reset()
-
-    def _warn(self, text: str, error: Exception) -> None:
-        if self._settings.strict:
-            raise error
-        warnings.warn(f"kalmanguard: {text.rstrip('.')}.", stacklevel=3)
-
-    def _close(self) -> None:
+    def _untap(self) -> None:
         if self._tap is not None:
             self._tap.close()
             self._tap = None
-        if self.supervisor is not None:
-            self.supervisor.close()
 
     def _abandon(self, error: BaseException | None) -> None:
         """The run before has ended without `on_train_end`, with ``error`` if it is known: its journal says so."""
-        if self._tap is None or self.supervisor is None:
-            return
-        self._tap.close()
-        self._tap = None
-        error = error or RuntimeError("training has ended without a word")
-        self.supervisor.__exit__(type(error), error, error.__traceback__)
-
-
-def _unused(base: Path) -> Path:
-    """The folder, or the first of its numbered siblings, that holds no run yet."""
-    names = itertools.chain([base.name], (f"{base.name}-{n}" for n in itertools.count(2)))
-    return next(folder for name in names if not locate(folder := base.with_name(name)).exists())
+        self._untap()
+        self._session.abandon(error)
