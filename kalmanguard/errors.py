@@ -27,6 +27,10 @@ class SnapshotError(KalmanguardError):
     """A state could not be captured, stored or restored exactly."""
 
 
+class RankError(KalmanguardError):
+    """A rank of a distributed run has died, hangs, or is not where the others are; no rank can go on."""
+
+
 class RestoreFailed(SnapshotError):  # noqa: N818 - said of a state, not of the program
     """The state that was decided on could not be restored; the next older one is tried at the next step."""
 

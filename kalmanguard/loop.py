@@ -13,8 +13,10 @@ from kalmanguard.actuators.actuator import Actuator
 from kalmanguard.attribution import Attributor
 from kalmanguard.detectors.attribution import Cause
 from kalmanguard.detectors.excursion import RATIO
+from kalmanguard.distributed.agreement import REPLICAS
+from kalmanguard.distributed.replicas import Replicas
 from kalmanguard.engine import Engine, EngineState
-from kalmanguard.errors import JournalError, RestoreFailed, SnapshotError
+from kalmanguard.errors import JournalError, KalmanguardError, RankError, RestoreFailed, SnapshotError
 from kalmanguard.estimators.bank import usual_gradient
 from kalmanguard.incidents import Incidents
 from kalmanguard.journal.writer import JournalWriter
@@ -63,10 +65,12 @@ class Loop:
         journal: JournalWriter,
         incidents: Incidents,
         attributor: Attributor,
+        replicas: Replicas | None = None,
     ) -> None:
         self.settings, self.probe, self.tap, self.suite = settings, probe, tap, suite
         self.actuator, self.journal, self.incidents = actuator, journal, incidents
         self.attributor = attributor
+        self.replicas = replicas
         self.engine = Engine(settings)
         self.state: EngineState = self.engine.init()
         self.step = self._started_at = 0
@@ -78,6 +82,7 @@ class Loop:
         self.attached = Attached(lambda what, fault: self.incidents.report(self.step, what, fault))
         self._costs: Costs | None = None
         self._snapshot_failed = False
+        self._reunited = -1
         self._first_reading: ProbeReading | None = None
 
     @property
@@ -90,18 +95,7 @@ class Loop:
         self.step += 1
         if self.step == self._started_at + _FIT_AT:
             self._fit_sensors()
-        measurement = self.suite.measure(
-            self.step,
-            loss_value(loss),
-            costs=self._measured_costs(),
-            objective=self.objective,
-            findings=self.attached.sense(self.step),
-        )
-        if self._snapshot_failed:
-            measurement = dataclasses.replace(measurement, snapshot_failed=True)
-            self._snapshot_failed = False
-        if self.actuator.ring.braced == self.step - 1:
-            measurement = dataclasses.replace(measurement, braced=True)
+        measurement = self._measure(loss) if self.replicas is None else self._agree(self.replicas, loss)
         self.attributor.saw(self.step, measurement.loss, self.state.estimators.loss)
         foresight = self.engine.observe(self.state, measurement)
         reading = None
@@ -111,18 +105,87 @@ class Loop:
         self.state, decision = self.engine.decide(foresight, reading)
         if not self.protects and decision.proposed is not Action.ACCEPT:
             decision = dataclasses.replace(decision, action=Action.ACCEPT)
+        if self.replicas is not None:
+            self.replicas.remember(decision)
         self._record(measurement, decision)
         self.attached.observe(measurement, decision)
         if self.attributor.wanted(decision, self.state):
             self._attribute()
         if self.protects:
-            decision = self._act(decision)
+            parted = decision.proposed is Action.ACCEPT and self._parted(measurement)
+            decision = self._reunite(decision) if parted else self._act(decision)
         self.last = decision
         if self.actuator.braces:
             self.suite.buffers.remember()
         if decision.level in (Level.SUSPECT, Level.CONFIRMED):
             self._count(decision)
         return decision
+
+    def _measure(self, loss: Any) -> Measurement:
+        measurement = self.suite.measure(
+            self.step,
+            loss_value(loss),
+            costs=None if self.replicas is not None else self._measured_costs(),
+            objective=self.objective,
+            findings=self.attached.sense(self.step),
+        )
+        if self._snapshot_failed:
+            measurement = dataclasses.replace(measurement, snapshot_failed=True)
+            self._snapshot_failed = False
+        if self.actuator.ring.braced == self.step - 1:
+            measurement = dataclasses.replace(measurement, braced=True)
+        return measurement
+
+    def _agree(self, replicas: Replicas, loss: Any) -> Measurement:
+        """Measure, and put together what all ranks have measured: from here on every rank goes the same way."""
+        own, fault = None, None
+        try:
+            own = self._measure(loss)
+        except Exception as error:
+            fault = error  # the others must hear of it before it goes on its way
+        try:
+            measurement = replicas.agree(own, self.suite.position)
+        except KalmanguardError as error:
+            raise error from fault
+        if self._costs is None and self.step >= _COSTS_AT:
+            # What takes how long, no two processes measure alike; memory is that of the rank that has least.
+            costs = self._measured_costs()
+            known = replicas.smallest(0 if costs is None else costs.slots)
+            self._costs = None
+            if costs is not None and known:
+                self._costs = dataclasses.replace(replicas.of_first(costs), slots=known)
+                measurement = dataclasses.replace(measurement, costs=self._costs)
+        return measurement
+
+    @staticmethod
+    def _parted(measurement: Measurement) -> bool:
+        return any(item.detector == REPLICAS for item in measurement.findings)
+
+    def _reunite(self, decision: Decision) -> Decision:
+        """Ranks that no longer hold the same parameters are set back to the last state that they had in common."""
+        # What each of them has now must not be captured: it is not the same.
+        self._snapshot_failed = decision.orders.snapshot
+        self.actuator.keep(dataclasses.replace(decision.orders, snapshot=False), decision.step)
+        certified = [slot.step for slot in self.state.ledger.slots if slot.certified and slot.step < self.step]
+        held = [step for step in certified if step in self.actuator.ring.steps()]
+        if self._reunited == self.step - 1 or not held:
+            why = "no state that they had in common is left" if not held else "they differ again right after a restore"
+            raise RankError(
+                f"The ranks no longer hold the same parameters at step {self.step}, and {why}: start again from the "
+                "last checkpoint."
+            )
+        outcome = self.restore(held[-1], action=Action.ROLLBACK, rung=0, manual=True)
+        self.feed(Measurement(step=self.step, outcome=outcome, objective=self.objective))
+        self._reunited = self.step
+        return dataclasses.replace(
+            decision,
+            action=Action.ROLLBACK,
+            proposed=Action.ROLLBACK,
+            level=Level.CONFIRMED,
+            restored_step=held[-1],
+            reason=f"Step {self.step}: the ranks no longer held the same parameters; the state of step {held[-1]} is "
+            "restored on all of them.",
+        )
 
     def _attribute(self) -> None:
         """Before anything is restored: what explains the loss must be asked of the state that it was seen on."""
@@ -169,11 +232,24 @@ class Loop:
         announced = {"action": action.value, "restore": target, "rung": rung, "manual": manual}
         self.journal.record("intent", self.step, announced)
         self.journal.sync()
-        outcome = self.actuator.restore(target, action=action, rung=rung, manual=manual)
+        outcome = self._restored(target, action=action, rung=rung, manual=manual)
         self.journal.record("outcome", self.step, dataclasses.asdict(outcome))
         if outcome.error is not None:
             self.incidents.report(self.step, f"rollback to step {target}: {outcome.error}")
         self.interrupt()
+        return outcome
+
+    def _restored(self, target: int, *, action: Action, rung: int, manual: bool) -> Outcome:
+        """Restore on every rank, or on none that counts: a state that one of them cannot restore is given up by all."""
+        if self.replicas is None:
+            return self.actuator.restore(target, action=action, rung=rung, manual=manual)
+        outcome, fault = None, None
+        try:
+            outcome = self.actuator.restore(target, action=action, rung=rung, manual=manual)
+        except Exception as error:
+            fault = error  # the others must hear of it before it goes on its way
+        if not self.replicas.smallest(int(outcome is not None)) or outcome is None:
+            raise SnapshotError(f"a rank could not restore the state of step {target}") from fault
         return outcome
 
     def renew(self) -> None:
@@ -377,9 +453,8 @@ class Loop:
         settings = self.settings
         if self._first_reading is None or "probe_examples" in settings.model_fields_set:
             return
-        size, stride = self.timings.fit(
-            probe_examples=self.probe.size, sketch_s=self.suite.sketch_s(), budget=settings.budget
-        )
+        fit = self.timings.fit(probe_examples=self.probe.size, sketch_s=self.suite.sketch_s(), budget=settings.budget)
+        size, stride = fit if self.replicas is None else self.replicas.of_first(fit)
         if (size, stride) == (self.probe.size, self.suite.stride):
             return
         self.probe.shrink(size)

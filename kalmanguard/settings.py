@@ -74,6 +74,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     mode: Literal["protect", "observe"] = Field("protect", description="act, or report only")
+    rank_timeout_s: float = Field(
+        120.0, gt=0, description="seconds after which a rank that does not answer is given up"
+    )
     strict: bool = Field(False, description="raise on a fault inside the guard instead of degrading")
     on_halt: Literal["raise", "return"] = Field("raise", description="what a halt does in protect mode")
     raise_on: frozenset[Literal["veto", "rollback", "pause"]] = Field(

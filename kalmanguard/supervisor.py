@@ -27,12 +27,14 @@ from kalmanguard.actuators.actuator import Actuator
 from kalmanguard.attribution import Attributor
 from kalmanguard.betting import bet_on_fresh_examples
 from kalmanguard.detectors.drift import RATES
+from kalmanguard.distributed.replicas import Replicas
 from kalmanguard.errors import (
     ConfigurationError,
     Intervention,
     JournalError,
     KalmanguardError,
     PauseIntervention,
+    RankError,
     RollbackIntervention,
     SnapshotError,
     TrainingHalted,
@@ -176,11 +178,21 @@ class Supervisor:
         resume: bool,
     ) -> None:
         self.settings = chosen = _calibrated(Settings.of(settings))
-        self.model: nn.Module = getattr(checked_model(model), "_orig_mod", model)
+        self.model: nn.Module = _inner(getattr(checked_model(model), "_orig_mod", model))
+        replicas = Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size)
+        if replicas is not None:
+            if resume:
+                raise ConfigurationError(
+                    "Supervisor.resume works in one process only: load the checkpoint on every rank, and begin anew."
+                )
+            replicas.same(chosen.model_dump_json(exclude={"run_dir"}), "settings")
         schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list) else [scheduler]
         for item in schedulers:
             if not hasattr(item, "state_dict"):
                 raise ConfigurationError(f"scheduler is a {type(item).__name__} without state_dict(); pass the object.")
+        if replicas is not None and not replicas.is_first:
+            # Replicas are equal, and so are decisions: one journal and one set of checkpoints hold them all.
+            run_dir = None
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self._rewindable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         if chosen.replay and not self._rewindable:
@@ -191,6 +203,9 @@ class Supervisor:
         probe = Probe(
             self.model, probe_loader, examples=chosen.probe_examples, fresh=chosen.fresh_examples, loss_fn=loss_fn
         )
+        if replicas is not None:
+            replicas.same(probe.digest, "probe")
+            probe.share(replicas.rank, replicas.size, replicas.gather)
         recovery = chosen.recovery or Recovery.preset(chosen.ladder)
         own = weakref.ref(self)
         tap = OptimizerTap(
@@ -202,6 +217,7 @@ class Supervisor:
             before_step=lambda: _alive(own)._loop.suite.before_step(),  # noqa: PLW0108
             on_veto=None if recovery.vetoes_plainly else (lambda drop: _alive(own)._loop.veto(drop)),  # noqa: PLW0108
             on_brace=lambda: _alive(own)._loop.brace(),  # noqa: PLW0108
+            agree=None if replicas is None else replicas.largest,
         )
         self._extras: dict[str, Any] = {}
         try:
@@ -236,6 +252,7 @@ class Supervisor:
                 journal=journal,
                 incidents=Incidents(journal, strict=chosen.strict),
                 attributor=Attributor(BatchLoss(self.model, loss_fn), actuator.ring),
+                replicas=replicas,
             )
         except BaseException:
             tap.close()
@@ -292,6 +309,8 @@ class Supervisor:
         loop.timings.add_step(started - max(self._ended, loop.tap.other_ended_s))
         try:
             decision = loop.advance(loss)
+        except RankError:
+            raise  # a rank that goes on alone would wait for the others for ever
         except (Exception, KalmanguardError) as fault:
             decision = self._degrade(fault)
         finally:
@@ -869,6 +888,11 @@ class Pause:
 
     def __exit__(self, *_: object) -> None:
         self.resume()
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel wraps: a forward pass through the wrapper would wait for other ranks."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

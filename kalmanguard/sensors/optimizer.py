@@ -60,6 +60,9 @@ class OptimizerTap:
         Whether fused optimizers are made to skip by a flag on their device, so that nothing is read before the step;
         by default on accelerators. Not while there is an ``on_veto``, which must know in time.
 
+    agree
+        Given a gradient norm, returns the one that all processes judge by; the step waits for it.
+
     Attributes
     ----------
     begun
@@ -94,12 +97,13 @@ class OptimizerTap:
         on_veto: Callable[[Callable[[], None]], None] | None = None,
         on_brace: Callable[[], None] | None = None,
         by_flag: bool | None = None,
+        agree: Callable[[float], float] | None = None,
     ) -> None:
         self._ids = {id(p) for p in parameters}
         self.optimizers: list[Optimizer] = []
         self._protect = protect
         self._before_first_step, self._before_step, self._on_veto = before_first_step, before_step, on_veto
-        self._on_brace, self._by_flag = on_brace, by_flag
+        self._on_brace, self._by_flag, self._agree = on_brace, by_flag, agree
         self._flagged: dict[int, tuple[Optimizer, Tensor]] = {}
         self._unread: list[Flagged] = []
         self.brace_norm = self.brace_rate = math.inf
@@ -262,7 +266,7 @@ class OptimizerTap:
 
     def _judge(self, optimizer: Optimizer, *, may_flag: bool = True) -> None:
         gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
-        if not gradients:
+        if not gradients and self._agree is None:
             return
         before, self.clipped_from = self.clipped_from, None
         if may_flag and self._skips_by_flag(optimizer, gradients):
@@ -279,6 +283,8 @@ class OptimizerTap:
         # What is larger now than it was when clipped, or not a number, has become so since.
         if before is not None and not math.isnan(present) and not float(before) <= present:
             value = float(before)
+        if self._agree is not None:
+            value = self._agree(value)
         verdict = self._note(value, self.gate, clip=self.clip and self._protect)
         if verdict == "clipped":
             torch._foreach_mul_(gradients, min(1.0, self.gate / present))
@@ -311,10 +317,12 @@ class OptimizerTap:
             unflag(*flagged)
 
     def _skips_by_flag(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool:
+        if not gradients:
+            return False
         device = gradients[0].device
         wanted = device.type != "cpu" if self._by_flag is None else self._by_flag
         wanted = wanted and all(g.device == device for g in gradients)
-        if not wanted or not self._protect or self._on_veto is not None:
+        if not wanted or not self._protect or self._on_veto is not None or self._agree is not None:
             return False
         # What recovery has put in force acts on the parameters as well, so it must know whether there is a step.
         return not any(getattr(effect, "active", True) for effect in self.effects) and can_skip(optimizer)

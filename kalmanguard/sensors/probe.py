@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -66,12 +66,27 @@ class Probe:
         with random_streams_kept(self.device):
             self._batches, self._fresh = _materialise(loader, examples, fresh, self.device)
         self.digest = _digest(self._batches)
+        self._share: tuple[int, int] | None = None
+        self._gather: Callable[[FloatArray | None], list[FloatArray]] | None = None
         reading = self.read()
         if len(reading.losses) < 2:
             raise ConfigurationError(
                 "The probe loader yields fewer than two examples; a probe needs at least 2, better 64 or more."
             )
         self.size = len(reading.losses)
+
+    def share(self, rank: int, ranks: int, gather: Callable[[FloatArray | None], list[FloatArray]]) -> None:
+        """Evaluate this rank's part of the examples only, from now on, where the example is the unit.
+
+        Parameters
+        ----------
+        rank, ranks
+            Of this process, and how many there are.
+        gather
+            Given this rank's losses, or ``None`` when they could not be had, returns those of all ranks in order.
+        """
+        if self.size == sum(map(L.batch_size, self._batches)):
+            self._share, self._gather = (rank, ranks), gather
 
     def shrink(self, size: int) -> None:
         """Evaluate the first ``size`` examples only, from now on; where parts are the unit, nothing changes."""
@@ -94,7 +109,32 @@ class Probe:
 
     def read(self) -> ProbeReading:
         """Measure the held-out losses now: shape ``(n,)``, float64."""
-        return ProbeReading(self._evaluate(self._batches))
+        if self._share is None or self._gather is None:
+            return ProbeReading(self._evaluate(self._batches))
+        bounds = [_bounds(L.batch_size(batch), self._share[1]) for batch in self._batches]
+        rank, mine, fault = self._share[0], None, None
+        try:
+            parts = [
+                L.take(batch, edges[rank + 1] - edges[rank], edges[rank])
+                for batch, edges in zip(self._batches, bounds, strict=True)
+                if edges[rank + 1] > edges[rank]
+            ]
+            mine = self._evaluate(parts) if parts else np.zeros(0)
+        except Exception as error:
+            fault = error  # the others must hear of it before it goes on its way
+        try:
+            gathered = self._gather(mine)
+        except Exception as error:
+            raise error from fault
+        # From the order of ranks to that of examples.
+        starts = [0] * len(gathered)
+        losses: list[FloatArray] = []
+        for edges in bounds:
+            for rank, part in enumerate(gathered):
+                count = edges[rank + 1] - edges[rank]
+                losses.append(part[starts[rank] : starts[rank] + count])
+                starts[rank] += count
+        return ProbeReading(np.concatenate(losses))
 
     @property
     def fresh_left(self) -> int:
@@ -138,6 +178,11 @@ class Probe:
         output = self._model(*inputs, **keywords)
         # A user's own loss on a dict without a recognisable target gets the whole batch.
         return output, batch if target is None and isinstance(batch, Mapping) else target
+
+
+def _bounds(size: int, parts: int) -> list[int]:
+    """Edges of nearly equal parts."""
+    return [size * part // parts for part in range(parts + 1)]
 
 
 def _materialise(loader: Iterable[Any], examples: int, fresh: int, device: torch.device) -> tuple[list[Any], list[Any]]:

@@ -68,6 +68,11 @@ class SensorSuite:
         """Whether something else than the optimizer has changed the state that the step in work starts from."""
         return bool(self._tampered)
 
+    @property
+    def position(self) -> FloatArray | None:
+        """The latest sketch of the parameters, shape ``(k,)``."""
+        return self._position
+
     def before_step(self) -> None:
         """Check integrity; called right before the first optimizer step since the last measurement."""
         self._tampered = self._integrity.check()

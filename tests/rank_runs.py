@@ -1,0 +1,120 @@
+"""What each rank of the distributed tests runs: one process of a real training under DistributedDataParallel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kalmanguard import FaultInjector, Settings, Supervisor
+from kalmanguard.models import load_plant
+from kalmanguard.records import Decision
+
+FIXED: dict[str, Any] = {"probe_examples": 64, "fresh_examples": 32, "probe_every": 5, "snapshot_every": 10}
+
+
+def digest(model: nn.Module) -> str:
+    """Of all parameters and buffers."""
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def essence(decision: Decision) -> tuple[Any, ...]:
+    """What was decided and said, with every number behind it."""
+    numbers = tuple(repr(x) for x in decision.statistics)
+    told = decision.step, decision.action.value, decision.level.value, decision.mode.value, decision.restored_step
+    return (*told, decision.reason, numbers)
+
+
+def launch(run: Any, size: int, folder: Path, **options: Any) -> list[Any]:
+    """Run ``run(rank, size, folder, **options)`` in ``size`` processes; what each returned, or the error's text."""
+    context = torch.multiprocessing.get_context("spawn")
+    store = folder / "store"
+    processes = [context.Process(target=_rank, args=(run, rank, size, folder, store, options)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [
+        torch.load(folder / f"rank{rank}.pt", weights_only=False) if (folder / f"rank{rank}.pt").exists() else None
+        for rank in range(size)
+    ]
+
+
+def _rank(run: Any, rank: int, size: int, folder: Path, store: Path, options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    try:
+        result = run(rank, size, folder, **options)
+    except BaseException as error:
+        result = f"{type(error).__name__}: {error}"
+        if os.environ.get("TRACE"):
+            traceback.print_exc()
+    torch.save(result, folder / f"rank{rank}.pt")
+    os._exit(0)  # a group whose peer has died may wait in its destructor
+
+
+def train(
+    rank: int,
+    size: int,
+    folder: Path,
+    *,
+    steps: int = 80,
+    mode: str | None = "protect",
+    faults: dict[int, tuple[str, ...]] | None = None,
+    plant: str = "mlp",
+    die: tuple[int, int] | None = None,
+    extra_step: tuple[int, int] | None = None,
+    broken_loss: tuple[int, int] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train a plant, each rank on its part of every batch; ``faults`` by rank in the injector's notation."""
+    made = load_plant(plant)(seed=0)
+    torch.manual_seed(100 + rank)  # dropout draws on every rank for itself
+    model = DistributedDataParallel(made.model)
+    injector = FaultInjector.parse((faults or {}).get(rank, ()), seed=0)
+    supervisor = None
+    if mode is not None:
+        chosen = Settings(**{**FIXED, "mode": mode, "rank_timeout_s": 15.0, **settings})
+        supervisor = Supervisor(model, made.probe_loader, settings=chosen, run_dir=folder / "run")
+    states, decisions = [digest(made.model)], []
+    with injector.attach(made.model, made.optimizer):
+        for step in range(1, steps + 1):
+            inputs, targets = injector.draw(next(made.loader))
+            part = slice(len(targets) * rank // size, len(targets) * (rank + 1) // size)
+            loss = made.loss_fn(model(inputs[part]), targets[part]).mean()
+            loss.backward()
+            if die == (rank, step):
+                os.kill(os.getpid(), signal.SIGKILL)
+            made.step()
+            if extra_step == (rank, step):
+                continue
+            if supervisor is not None:
+                told = "no number" if broken_loss == (rank, step) else loss
+                decisions.append(supervisor.update(told))  # type: ignore[arg-type]
+            states.append(digest(made.model))
+    found = {
+        "states": states,
+        "decisions": [essence(decision) for decision in decisions],
+        "rng": torch.get_rng_state().tolist(),
+    }
+    if supervisor is not None:
+        found["errors"] = supervisor.statistics()["errors"]
+        found["certificate"] = [(claim.name, claim.status) for claim in supervisor.certificate().claims]
+        supervisor.close()
+    return found

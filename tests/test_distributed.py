@@ -1,0 +1,181 @@
+"""The supervisor on several ranks: real training of replicas under DistributedDataParallel, two and four processes.
+
+Oracles: the same run without a supervisor, bit for bit; the other ranks, bit for bit; and the states that every rank
+has recorded after every step (a rollback is exact or it is none).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kalmanguard.distributed.agreement import REPLICAS, agreed, packed
+from kalmanguard.errors import KalmanguardError, RankError
+from kalmanguard.records import Measurement
+from kalmanguard.replay import replay
+
+from .rank_runs import launch, train
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def measured(**changes: object) -> Measurement:
+    given = {"step": 3, "loss": 1.0, "gradient_norm": 2.0, "velocity": np.ones(8), **changes}
+    return Measurement(**given)  # type: ignore[arg-type]
+
+
+def table(*measurements: Measurement | None, positions: list[float] | None = None) -> np.ndarray:
+    where = positions or [1.0] * len(measurements)
+    return np.array([packed(m, np.full(8, p), 5.0, size=8) for m, p in zip(measurements, where, strict=True)])
+
+
+def test_what_all_measure_alike_stays_as_it_is() -> None:
+    m = measured(veto=None, buffer_norm=4.0, rounding_floor=1e-9, lr_factor=0.5, braced=True)
+    found = agreed(table(m, m, m), m)
+    assert found.velocity is not None
+    assert found.velocity.tolist() == [1.0] * 8
+    for name in ("step", "loss", "gradient_norm", "buffer_norm", "rounding_floor", "lr_factor", "braced", "findings"):
+        assert getattr(found, name) == getattr(m, name), name
+
+
+def test_what_one_rank_suffers_is_not_averaged_away() -> None:
+    good = measured()
+    bad = measured(
+        loss=float("nan"), gradient_norm=9.0, velocity=np.full(8, 50.0), veto="nonfinite", snapshot_failed=True
+    )
+    found = agreed(table(good, bad, good), good)
+    assert found.loss is not None
+    assert np.isnan(found.loss)
+    assert (found.gradient_norm, found.veto, found.snapshot_failed) == (9.0, "nonfinite", True)
+    assert found.velocity is not None
+    assert found.velocity.tolist() == [50.0] * 8
+
+
+@pytest.mark.parametrize(("positions", "told"), [([1, 1, 2], "rank 2"), ([1, float("nan")], "ranks 0 and 1")])
+def test_replicas_that_differ_are_told(positions: list[float], told: str) -> None:
+    m = measured()
+    found = agreed(table(*[m] * len(positions), positions=positions), m)
+    assert [item.detector for item in found.findings] == [REPLICAS]
+    assert told in found.findings[0].message
+
+
+def test_ranks_that_went_apart_cannot_go_on() -> None:
+    with pytest.raises(RankError, match=r"at steps \[3, 4\]"):
+        agreed(table(measured(), measured(step=4)), measured())
+    rows = table(measured(), measured())
+    rows[1, 1] = 6.0
+    with pytest.raises(RankError, match="Rank 1 has decided otherwise"):
+        agreed(rows, measured())
+    with pytest.raises(KalmanguardError, match="rank 1 could not measure"):
+        agreed(table(measured(), None), measured())
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def same_everywhere(ranks: list[dict[str, list[object]]]) -> dict[str, list[object]]:
+    for other in ranks[1:]:
+        assert isinstance(other, dict), other
+        assert other["states"] == ranks[0]["states"]
+        assert other["decisions"] == ranks[0]["decisions"]
+    assert all(rank["errors"] == 0 for rank in ranks)
+    return ranks[0]
+
+
+@pytest.mark.parametrize("mode", ["observe", "protect"])
+def test_a_clean_run_is_the_bare_run(mode: str, tmp_path: Path) -> None:
+    """Parameters and random streams of every rank; cadences measured, not fixed, come from rank 0."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "watched").mkdir()
+    bare = launch(train, 2, tmp_path / "bare", mode=None)
+    watched = launch(train, 2, tmp_path / "watched", mode=mode, probe_every=None, snapshot_every=None)
+    first = same_everywhere(watched)
+    assert first["states"] == bare[0]["states"]
+    assert [rank["rng"] for rank in watched] == [rank["rng"] for rank in bare]
+    assert {decision[1] for decision in first["decisions"]} == {"ACCEPT"}  # type: ignore[index]
+    assert replay(tmp_path / "watched" / "run").identical
+    assert not any(status == "FAILED" for _, status in first["certificate"])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_fault_on_one_rank_is_answered_by_all(size: int, tmp_path: Path) -> None:
+    """A gradient that is not finite is dropped in its step everywhere; a flipped bit is undone everywhere."""
+    ranks = launch(
+        train, size, tmp_path, faults={size - 1: ("nan_gradient@45",), 0: ("bit_flip@61",)}, steps=90
+    )  # fmt: skip
+    first = same_everywhere(ranks)
+    states, decisions = first["states"], first["decisions"]
+    assert decisions[44][1] == "VETO"  # type: ignore[index]
+    assert states[45] == states[44]
+    undone = [decision for decision in decisions if decision[1] == "ROLLBACK"]  # type: ignore[index]
+    assert undone
+    for step, *_, restored, _reason, _numbers in undone:  # type: ignore[misc]
+        assert states[step] == states[restored]
+    assert undone[0][0] in (61, 62)  # type: ignore[index]
+    assert replay(tmp_path / "run").identical
+    assert not any(status == "FAILED" for _, status in first["certificate"])  # type: ignore[misc]
+
+
+def test_a_learning_rate_that_explodes_is_undone_on_all_ranks(tmp_path: Path) -> None:
+    faults = dict.fromkeys(range(2), ("lr_spike:300@45:steps=4",))
+    first = same_everywhere(launch(train, 2, tmp_path, faults=faults, steps=80))
+    undone = [decision for decision in first["decisions"] if decision[1] == "ROLLBACK"]  # type: ignore[index]
+    assert undone
+    assert first["states"][undone[0][0]] == first["states"][undone[0][4]]  # type: ignore[index]
+
+
+def test_replicas_that_part_quietly_are_set_back_to_what_they_had_in_common(tmp_path: Path) -> None:
+    """Too little to show in any loss: weights of one rank scaled by a millionth."""
+    first = same_everywhere(launch(train, 2, tmp_path, faults={1: ("weight_scale:1.000001@47",)}, steps=70))
+    undone = [decision for decision in first["decisions"] if decision[1] == "ROLLBACK"]  # type: ignore[index]
+    assert [decision[0] for decision in undone] == [47]  # type: ignore[index]
+    assert "no longer held the same parameters" in undone[0][5]  # type: ignore[index]
+    assert replay(tmp_path / "run").identical
+
+
+def test_a_cadence_never_follows_what_one_rank_alone_sees(tmp_path: Path) -> None:
+    """Ranks whose losses differ keep and restore the same steps: where each decides by its own loss, they do not."""
+    first = same_everywhere(
+        launch(train, 2, tmp_path, faults={1: ("garbage_batch@40", "bit_flip@66")}, steps=90, probe_every=None)
+    )
+    assert any(decision[1] == "ROLLBACK" for decision in first["decisions"])  # type: ignore[index]
+
+
+# -- what cannot go on -------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_dies_is_told_and_nobody_hangs(tmp_path: Path) -> None:
+    alive, dead = launch(train, 2, tmp_path, die=(1, 30), rank_timeout_s=5.0)
+    assert dead is None
+    assert isinstance(alive, str)
+    assert "RankError" in alive or "RuntimeError" in alive  # ours, or that of the gradients' own reduction
+
+
+def test_a_rank_that_skips_update_is_told(tmp_path: Path) -> None:
+    ranks = launch(train, 2, tmp_path, extra_step=(1, 30), rank_timeout_s=5.0)
+    # Whoever is told first ends, and the gradients' own reduction tells the other.
+    assert all(isinstance(rank, str) and "Error" in rank for rank in ranks), ranks
+    assert any("RankError" in rank for rank in ranks), ranks
+
+
+def test_what_one_rank_cannot_measure_stops_no_training(tmp_path: Path) -> None:
+    ranks = launch(train, 2, tmp_path, broken_loss=(1, 30))
+    assert all(isinstance(rank, dict) for rank in ranks), ranks
+    assert [rank["errors"] for rank in ranks] == [1, 1]
+    assert ranks[0]["states"] == ranks[1]["states"]
+    assert ranks[0]["decisions"][30:] == ranks[1]["decisions"][30:]
+
+
+def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
+    ranks = launch(_other_settings, 2, tmp_path)
+    assert all("another settings" in rank for rank in ranks), ranks
+
+
+def _other_settings(rank: int, size: int, folder: Path) -> object:
+    return train(rank, size, folder, give_back=0.2 if rank == 0 else 0.3)
