@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardError, SnapshotError
 from kalmanguard.integrations.session import Session, settings_for_trainers
+from kalmanguard.integrations.tracking import Log
 from kalmanguard.records import Action, Decision
 from kalmanguard.settings import Settings
 
@@ -59,6 +60,8 @@ class KalmanGuardLightning(Callback):
         Every ``fit`` writes a run of its own: where there is one already, ``-2``, ``-3`` and so on is appended.
     keep
         Number of latest decisions that `decisions` holds besides all that were not nominal.
+    logs
+        Trackers that decisions are written to: `TensorBoardLog`, `TrackerLog`.
 
     Raises
     ------
@@ -93,9 +96,10 @@ class KalmanGuardLightning(Callback):
         settings: Settings | str | Path | dict[str, Any] = "balanced",
         run_dir: str | Path | None = None,
         keep: int = 1000,
+        logs: Sequence[Log] = (),
     ) -> None:
         self._probe_loader, self._run_dir = probe_loader, run_dir
-        self._session = Session(settings_for_trainers(settings, "Lightning"), loss_fn=loss_fn, keep=keep)
+        self._session = Session(settings_for_trainers(settings, "Lightning"), loss_fn=loss_fn, keep=keep, logs=logs)
         self._saved: str | None = None
         self._loss: Tensor | None = None
         self._batches = 0

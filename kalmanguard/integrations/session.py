@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardError
 from kalmanguard.integrations.decisions import DecisionLog
+from kalmanguard.integrations.tracking import Log
 from kalmanguard.journal.schema import locate
 from kalmanguard.records import Action, Decision, Mode
 from kalmanguard.settings import Settings
@@ -54,14 +55,26 @@ class Session:
         For the probe.
     keep
         As of `DecisionLog`.
+    logs
+        Trackers that every decision is written to (`kalmanguard.integrations.tracking`).
 
     Notes
     -----
     After an end or a death `judge`, `state` and `end` do nothing, so that a callback need not ask.
     """
 
-    def __init__(self, settings: Settings, *, loss_fn: Callable[[Any, Any], Tensor] | None, keep: int) -> None:
-        self._settings, self._loss_fn, self._keep = settings, loss_fn, keep
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        keep: int,
+        logs: Sequence[Log] = (),
+    ) -> None:
+        self._settings, self._loss_fn, self._keep, self._logs = settings, loss_fn, keep, tuple(logs)
+        odd = next((log for log in self._logs if isinstance(log, type) or not isinstance(log, Log)), None)
+        if odd is not None:
+            raise ConfigurationError(f"logs hold a {type(odd).__name__} without add() and close(); see TensorBoardLog.")
         self._log = DecisionLog(keep=keep)
         self._open = False
         self.supervisor: Supervisor | None = None
@@ -112,17 +125,22 @@ class Session:
             decision = self.supervisor.update(loss, batch=batch)
         except Intervention as intervention:
             if isinstance(intervention.decision, Decision):
-                self._log.add(intervention.decision)
+                self._tell(intervention.decision)
             self.close()
             raise
         known = self._log.last
-        self._log.add(decision)
+        self._tell(decision)
         if decision.action is not Action.ACCEPT and decision is not known:
             _LOGGER.warning("kalmanguard: %s (%s)", decision.reason.rstrip("."), decision.action.value)
         if decision.action is Action.HALT:
             restored = "no earlier state" if decision.restored_step is None else f"step {decision.restored_step}"
             _LOGGER.warning("kalmanguard: training stops here; the model is that of %s.", restored)
         return decision
+
+    def _tell(self, decision: Decision) -> None:
+        self._log.add(decision)
+        for log in self._logs:
+            log.add(decision)
 
     def resume(self, state: Callable[[], Mapping[str, Any]]) -> None:
         """Go on with a saved state of supervision; one that cannot be read or does not fit is warned about."""
@@ -160,6 +178,8 @@ class Session:
     def close(self) -> None:
         """Close the run without a certificate."""
         self._open = False
+        for log in self._logs:
+            log.close()
         if self.supervisor is not None:
             self.supervisor.close()
 

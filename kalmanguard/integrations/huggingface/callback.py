@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from kalmanguard.integrations.huggingface.probing import probe_batches
 from kalmanguard.integrations.huggingface.saved import load_state, save_state
 from kalmanguard.integrations.huggingface.tap import TrainerTap, calling_trainer, torch_optimizer
 from kalmanguard.integrations.session import Session, settings_for_trainers
+from kalmanguard.integrations.tracking import Log
 from kalmanguard.records import Action, Decision
 from kalmanguard.settings import Settings
 from kalmanguard.supervisor import Supervisor
@@ -52,6 +53,8 @@ class KalmanGuardCallback(TrainerCallback):
         mean can be had, examples are evaluated one by one.
     keep
         Number of latest decisions that `decisions` holds besides all that were not nominal.
+    logs
+        Trackers that decisions are written to: `TensorBoardLog`, `TrackerLog`.
 
     Raises
     ------
@@ -86,9 +89,10 @@ class KalmanGuardCallback(TrainerCallback):
         run_dir: str | Path | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         keep: int = 1000,
+        logs: Sequence[Log] = (),
     ) -> None:
         self._probe_dataset, self._run_dir = probe_dataset, run_dir
-        self._session = Session(settings_for_trainers(settings, "a Trainer"), loss_fn=loss_fn, keep=keep)
+        self._session = Session(settings_for_trainers(settings, "a Trainer"), loss_fn=loss_fn, keep=keep, logs=logs)
         self._tap: TrainerTap | None = None
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kalmanguard.errors import ConfigurationError
+from kalmanguard.integrations.wrapping import wrap
 
 
 def calling_trainer(callback: object) -> tuple[Any, str | None]:
@@ -89,8 +89,8 @@ class TrainerTap:
         self._clipped_from, self._died = clipped_from, died
         self._closed = False
         self._undo = [
-            _wrap(trainer, "training_step", self._training_step),
-            _wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm),
+            wrap(trainer, "training_step", self._training_step),
+            wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm),
         ]
 
     def take(self) -> tuple[Tensor | None, Any]:
@@ -125,25 +125,3 @@ class TrainerTap:
         if not self._closed and euclidean and isinstance(norm, Tensor | float):
             self._clipped_from(norm)
         return norm
-
-
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Put ``around(method, ...)`` in the place of a method of one object; returns what takes it away again."""
-    method = getattr(owner, name)
-    own = name in vars(owner)
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs)
-
-    setattr(owner, name, wrapped)
-
-    def undo() -> None:
-        if vars(owner).get(name) is not wrapped:
-            return  # somebody has wrapped it again, and calls us: we do nothing any more
-        if own:
-            setattr(owner, name, method)
-        else:
-            delattr(owner, name)
-
-    return undo
