@@ -147,6 +147,9 @@ class Loop:
             measurement = replicas.agree(own, self.suite.position)
         except KalmanguardError as error:
             raise error from fault
+        if self.attached:
+            # Sensors of the user's may see what only one rank has.
+            measurement = dataclasses.replace(measurement, findings=replicas.of_first(measurement.findings))
         if self._costs is None and self.step >= _COSTS_AT:
             # What takes how long, no two processes measure alike; memory is that of the rank that has least.
             costs = self._measured_costs()

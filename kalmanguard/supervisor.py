@@ -91,7 +91,10 @@ class Supervisor:
     Raises
     ------
     ConfigurationError
-        Something that cannot work: an empty probe loader, a loss that cannot be inferred, another model's optimizer.
+        Something that cannot work: an empty probe loader, a loss that cannot be inferred, another model's optimizer,
+        sharded parameters.
+    RankError
+        The ranks of a distributed run were given other settings or other held-out examples.
     JournalError
         ``run_dir`` holds a run already (see `resume`), or cannot be written.
     SnapshotError
@@ -99,6 +102,10 @@ class Supervisor:
 
     Notes
     -----
+    Where torch.distributed is initialised, every rank makes its supervisor of the same replica (as under
+    DistributedDataParallel): what they measure is put together, so all decide alike (`kalmanguard.distributed`), and
+    rank 0 keeps journal and checkpoints. `update`, `snapshot` and `rollback` must then be called on all ranks.
+
     In observe mode a supervised run is bit-identical to the bare run. In protect mode only a confirmed fault changes
     anything. A fault inside the supervisor never stops training: it is recorded, warned about once, and supervision
     degrades (``settings.strict`` raises instead).
@@ -179,6 +186,12 @@ class Supervisor:
     ) -> None:
         self.settings = chosen = _calibrated(Settings.of(settings))
         self.model: nn.Module = _inner(getattr(checked_model(model), "_orig_mod", model))
+        sharded = next((name for name, p in self.model.named_parameters() if hasattr(p, "device_mesh")), None)
+        if sharded is not None:
+            raise ConfigurationError(
+                f"The parameter {sharded!r} is sharded over processes (FSDP, tensor parallelism), which cannot be "
+                "supervised yet; DistributedDataParallel can."
+            )
         replicas = Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size)
         if replicas is not None:
             if resume:

@@ -37,7 +37,7 @@ def essence(decision: Decision) -> tuple[Any, ...]:
     return (*told, decision.reason, numbers)
 
 
-def launch(run: Any, size: int, folder: Path, **options: Any) -> list[Any]:
+def launch(run: Any, size: int, folder: Path, *, limit: float = 120.0, **options: Any) -> list[Any]:
     """Run ``run(rank, size, folder, **options)`` in ``size`` processes; what each returned, or the error's text."""
     context = torch.multiprocessing.get_context("spawn")
     store = folder / "store"
@@ -45,7 +45,7 @@ def launch(run: Any, size: int, folder: Path, **options: Any) -> list[Any]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(limit)
         if process.is_alive():
             process.kill()
             process.join()
@@ -58,6 +58,9 @@ def launch(run: Any, size: int, folder: Path, **options: Any) -> list[Any]:
 def _rank(run: Any, rank: int, size: int, folder: Path, store: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # Frameworks initialise a group of their own when there is none, by these.
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
         result = run(rank, size, folder, **options)

@@ -6,6 +6,7 @@ has recorded after every step (a rollback is exact or it is none).
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,11 @@ def test_what_one_rank_suffers_is_not_averaged_away() -> None:
     bad = measured(
         loss=float("nan"), gradient_norm=9.0, velocity=np.full(8, 50.0), veto="nonfinite", snapshot_failed=True
     )
+    bad = dataclasses.replace(bad, tampered=("silent moments",), learning_rates=(0.1, 0.9))
+    good = dataclasses.replace(good, tampered=("parameters",), learning_rates=(0.1, 0.2))
     found = agreed(table(good, bad, good), good)
+    assert found.tampered == agreed(table(good, bad, good), bad).tampered == ("parameters", "silent moments")
+    assert found.learning_rates == (0.1, 0.9)
     assert found.loss is not None
     assert np.isnan(found.loss)
     assert (found.gradient_norm, found.veto, found.snapshot_failed) == (9.0, "nonfinite", True)
@@ -179,3 +184,75 @@ def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
 
 def _other_settings(rank: int, size: int, folder: Path) -> object:
     return train(rank, size, folder, give_back=0.2 if rank == 0 else 0.3)
+
+
+# -- frameworks --------------------------------------------------------------------------------------------------------
+
+
+def _framework(rank: int, size: int, folder: Path, *, kind: str) -> object:
+    """Under 2 ranks: a gradient of rank 1 that is not finite, a bit that flips in rank 0's weights."""
+    from kalmanguard import FaultInjector
+
+    injector = FaultInjector(seed=0)
+    if kind == "huggingface":
+        from . import test_huggingface as hf
+
+        if rank == 1:
+            injector.at(30).nan_gradient()
+        else:
+            injector.at(41).bit_flip(match="wte")
+        callback, recorder = hf.guard(), hf.Recorder()
+        options = {"steps": 60, "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 25}
+        hf.trainer_of(folder, [hf.Faults(injector), callback, recorder], **options).train()
+        return _told(callback.decisions, callback.supervisor, recorder.states)
+    from lightning.pytorch import Callback
+
+    from . import test_lightning as lightning
+
+    if rank == 0:
+        injector.at(41).bit_flip(match="0.weight")
+
+    class Attach(Callback):
+        def on_train_start(self, trainer: object, pl_module: object) -> None:
+            injector.attach(pl_module, trainer.optimizers[0])  # type: ignore[arg-type, attr-defined]
+
+    guard, states = lightning.guard(), lightning.Recorder()
+    module = lightning.Digits(poisoned=30 if rank == 1 else -1)
+    lightning.fit(folder, [Attach(), guard, states], module=module, strategy="ddp", devices=size)
+    return _told(guard.decisions, guard.supervisor, states.states)
+
+
+def _told(decisions: object, supervisor: object, states: object) -> dict[str, object]:
+    from .rank_runs import essence
+
+    return {
+        "states": states,
+        "decisions": [essence(d) for d in decisions],  # type: ignore[attr-defined]
+        "errors": supervisor.statistics()["errors"],  # type: ignore[attr-defined]
+    }
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "lightning"])
+def test_frameworks_under_data_parallelism(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers" if kind == "huggingface" else "lightning")
+    first = same_everywhere(launch(_framework, 2, tmp_path, kind=kind))
+    states, decisions = first["states"], first["decisions"]
+    acted = [decision for decision in decisions if decision[1] != "ACCEPT"]  # type: ignore[index]
+    assert [decision[:2] for decision in acted[:2]] == [(30, "VETO"), (41, "ROLLBACK")]  # type: ignore[index]
+    assert states[30] == states[29]
+    assert states[41] == states[acted[1][4]]  # type: ignore[index]
+    folder = "_kalmanguard" if kind == "huggingface" else "kalmanguard"
+    assert replay(tmp_path / folder).identical
+
+
+@pytest.mark.slow
+def test_decisions_are_equal_in_ten_thousand_steps_with_faults_on_random_ranks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kinds = ("nan_gradient@{}", "bit_flip@{}", "gradient_scale:1000@{}", "garbage_batch@{}", "weight_scale:1.00001@{}")
+    faults: dict[int, tuple[str, ...]] = {0: (), 1: ()}
+    for step in range(200, 10_000, 200):
+        rank = int(rng.integers(2))
+        faults[rank] = (*faults[rank], str(rng.choice(kinds)).format(step + int(rng.integers(100))))
+    first = same_everywhere(launch(train, 2, tmp_path, steps=10_000, faults=faults, rollback_budget=1_000, limit=600))
+    assert len(first["decisions"]) == 10_000
+    assert sum(decision[1] != "ACCEPT" for decision in first["decisions"]) >= 20  # type: ignore[index, misc]

@@ -10,10 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from kalmanguard.errors import KalmanguardError, RankError
-from kalmanguard.records import Evidence, FloatArray, Guarantee, Measurement
+from kalmanguard.records import OVERWRITE, Evidence, FloatArray, Guarantee, Measurement
 
 #: Name of the evidence that the ranks no longer hold the same parameters.
 REPLICAS = "replicas"
+#: What may have been changed behind the optimizer's back, one bit each; what else a sensor may say counts as the first.
+_TAMPERED = ("parameters", "moments", "silent parameters", "silent moments", OVERWRITE)
+#: Learning rates for which rows have room; further ones are taken to be the same on all ranks.
+_RATES = 16
 _VETOES = (None, "nonfinite", "explosion", "clipped")
 
 
@@ -22,6 +26,10 @@ class _Field(NamedTuple):
 
     name: str
     of: Callable[[Measurement], float]
+
+
+def _bits(tampered: tuple[str, ...]) -> int:
+    return sum({1 << (_TAMPERED.index(what) if what in _TAMPERED else 0) for what in tampered})
 
 
 def _or_nan(value: float | None) -> float:
@@ -43,12 +51,13 @@ _FIELDS = (
     _Field("veto", lambda m: float(_VETOES.index(m.veto))),
     _Field("failed", lambda m: float(m.snapshot_failed)),
     _Field("braced", lambda m: float(m.braced)),
-    _Field("tampered", lambda m: float(bool(m.tampered))),
+    _Field("tampered", lambda m: float(_bits(m.tampered))),
     _Field("factor", lambda m: m.lr_factor),
     _Field("has_velocity", lambda m: float(m.velocity is not None)),
 )
 _AT = {field.name: i + 2 for i, field in enumerate(_FIELDS)}
-_HEAD = 2 + len(_FIELDS)
+_RATES_AT = 2 + len(_FIELDS)
+_HEAD = _RATES_AT + _RATES
 
 
 def packed(measurement: Measurement | None, position: FloatArray | None, decided: float, *, size: int) -> FloatArray:
@@ -61,7 +70,9 @@ def packed(measurement: Measurement | None, position: FloatArray | None, decided
     if measurement is None:
         return row
     row[0] = 1.0
-    row[2:_HEAD] = [field.of(measurement) for field in _FIELDS]
+    row[2:_RATES_AT] = [field.of(measurement) for field in _FIELDS]
+    rates = measurement.learning_rates[:_RATES]
+    row[_RATES_AT : _RATES_AT + len(rates)] = rates
     if measurement.velocity is not None:
         row[_HEAD : _HEAD + size] = measurement.velocity
     if position is not None:
@@ -72,8 +83,9 @@ def packed(measurement: Measurement | None, position: FloatArray | None, decided
 def agreed(table: FloatArray, own: Measurement | None) -> Measurement:
     """The measurement that every rank judges.
 
-    The loss is the mean over ranks, norms are the largest, a flag is up where any rank has it up; of the velocities it
-    is the one that differs most from the median of all, so that what one rank alone has suffered is not averaged away.
+    The loss is the mean over ranks, norms and rates are the largest, a flag is up where any rank has it up; of the
+    velocities it is the one that differs most from the median of all, so that what one rank alone has suffered is not
+    averaged away.
 
     Parameters
     ----------
@@ -116,9 +128,8 @@ def agreed(table: FloatArray, own: Measurement | None) -> Measurement:
 
     losses = of("loss")[of("has_loss") == 1]
     veto = next((_VETOES[int(code)] for code in of("veto") if code), None)
-    tampered = own.tampered
-    if of("tampered").any() and not tampered:
-        tampered = ("parameters",)
+    bits = int(np.bitwise_or.reduce(of("tampered").astype(np.int64)))
+    rates = table[:, _RATES_AT : _RATES_AT + min(_RATES, len(own.learning_rates))].max(axis=0).tolist()
     size = (table.shape[1] - _HEAD) // 2
     velocities, positions = table[:, _HEAD : _HEAD + size], table[:, _HEAD + size :]
     finite, moved = bool(of("finite").all()), bool(of("has_velocity").all())
@@ -135,7 +146,8 @@ def agreed(table: FloatArray, own: Measurement | None) -> Measurement:
         veto=veto,
         snapshot_failed=bool(of("failed").any()),
         braced=bool(of("braced").all()),
-        tampered=tampered,
+        tampered=tuple(what for i, what in enumerate(_TAMPERED) if bits >> i & 1),
+        learning_rates=(*rates, *own.learning_rates[_RATES:]),
         lr_factor=float(of("factor").max()),
         velocity=velocities[_farthest(velocities)].copy() if finite and moved else None,
         findings=findings,

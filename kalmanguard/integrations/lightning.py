@@ -67,7 +67,7 @@ class KalmanGuardLightning(Callback):
     ------
     ConfigurationError
         At construction: unknown settings, ``keep`` below 1, ``settings.replay``. At the beginning of training: no
-        held-out examples, a loss that cannot be inferred, several processes, an optimizer that is not torch's.
+        held-out examples, a loss that cannot be inferred, sharded parameters, an optimizer that is not torch's.
     JournalError, SnapshotError
         At the beginning of training: the run folder cannot be written, or memory cannot hold two snapshots.
 
@@ -75,11 +75,12 @@ class KalmanGuardLightning(Callback):
     -----
     Automatic and manual optimization, one or several optimizers, gradient accumulation and mixed precision; the probe
     itself is evaluated without autocast. Lightning computes gradients inside ``optimizer.step``, where torch's own
-    hooks are too early: they are judged in ``on_before_optimizer_step``. In observe mode the run is the bare run bit
-    for bit: EXACT, random streams included. Checkpoints of Lightning carry the supervisor's state; a run that resumes
-    from one goes on with the same decisions, but there is nothing to roll back to until the next snapshot is due, the
-    drift test's wealth begins anew, a suspicion that was being watched is dropped, and cadences which the settings do
-    not fix are measured anew.
+    hooks are too early: they are judged in ``on_before_optimizer_step``. In several processes (the strategy ``ddp``)
+    every rank has its callback, all decide alike and roll back together (`kalmanguard.distributed`); rank 0 keeps the
+    journal. In observe mode the run is the bare run bit for bit: EXACT, random streams included. Checkpoints of
+    Lightning carry the supervisor's state; a run that resumes from one goes on with the same decisions, but there is
+    nothing to roll back to until the next snapshot is due, the drift test's wealth begins anew, a suspicion that was
+    being watched is dropped, and cadences which the settings do not fix are measured anew.
 
     Examples
     --------
@@ -121,11 +122,6 @@ class KalmanGuardLightning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a supervisor for this run, with the state of its checkpoint when it resumes."""
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"The Trainer runs in {trainer.world_size} processes; this callback supervises one, since processes "
-                "that decide each for itself would restore different states."
-            )
         optimizers = list(trainer.optimizers)
         odd = next((o for o in optimizers if not isinstance(o, Optimizer)), None)
         if odd is not None:

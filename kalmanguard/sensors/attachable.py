@@ -46,6 +46,9 @@ class Attached:
         self._sensors: list[Attachable] = []
         self._closed = False
 
+    def __bool__(self) -> bool:
+        return bool(self._sensors)
+
     def add(self, sensor: Attachable) -> None:
         """Ask ``sensor`` too from the next step on."""
         if isinstance(sensor, type) or not isinstance(sensor, Attachable):

@@ -60,13 +60,16 @@ class KalmanGuardCallback(TrainerCallback):
     ------
     ConfigurationError
         At construction: unknown settings, ``keep`` below 1. At the beginning of training: no held-out examples, a
-        loss that cannot be inferred, several processes, an optimizer that is not torch's, ``settings.replay`` (a
-        Trainer's loader cannot be rewound in mid-epoch).
+        loss that cannot be inferred, sharded parameters (FSDP), an optimizer that is not torch's, ``settings.replay``
+        (a Trainer's loader cannot be rewound in mid-epoch).
     JournalError, SnapshotError
         At the beginning of training: the run folder cannot be written, or memory cannot hold two snapshots.
 
     Notes
     -----
+    In several processes (DistributedDataParallel) every rank has its callback, all decide alike and roll back together
+    (`kalmanguard.distributed`); rank 0 keeps the journal.
+
     In observe mode the run is the bare run bit for bit: EXACT, random streams and logs included. A run that resumes
     from a Trainer's checkpoint takes the supervisor's state from it (``kalmanguard.json``) and goes on with the same
     decisions, with four exceptions: there is nothing to roll back to until the next snapshot is due, the drift test's
@@ -122,11 +125,6 @@ class KalmanGuardCallback(TrainerCallback):
     ) -> None:
         """Make a supervisor for this run, with the state of its checkpoint when it resumes."""
         trainer, checkpoint = calling_trainer(self)
-        if args.world_size > 1:
-            raise ConfigurationError(
-                f"The Trainer runs in {args.world_size} processes; this callback supervises one, since processes that "
-                "decide each for itself would restore different states."
-            )
         if model is None:
             raise ConfigurationError("The Trainer has passed no model to its callbacks; there is nothing to supervise.")
         self._abandon(None)
@@ -167,8 +165,8 @@ class KalmanGuardCallback(TrainerCallback):
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the supervisor's state into the checkpoint that was just written."""
-        held = self._session.state()
+        """Put the supervisor's state into the checkpoint that was just written; that of all ranks is the same."""
+        held = self._session.state() if state.is_world_process_zero else None
         if held is None:
             return
         try:
