@@ -28,6 +28,7 @@ from benchmarks.persistent import Persistent
 from benchmarks.plot import PLOTTED, plot
 from benchmarks.predictor import Predictor
 from benchmarks.probe_clock import ProbeClock
+from benchmarks.ranks import Ranks
 from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
 from benchmarks.replica import Replica
@@ -49,6 +50,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     RealCurves(),
     Offline(),
     Cost(),
+    Ranks(),
     Sketch(),
     ProbeClock(),
     Snapshots(),

@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 #: Arguments that make them short.
-SMALL = {"analyze_a_log": ["300"], "what_if": ["120"], "estimate": ["600"], "damping_study": ["--tiny"]}
+SMALL = {
+    "analyze_a_log": ["300"],
+    "what_if": ["120"],
+    "estimate": ["600"],
+    "damping_study": ["--tiny"],
+    "data_parallel": ["150"],
+}
 
 
 def test_every_example_is_run() -> None:
