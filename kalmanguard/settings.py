@@ -74,6 +74,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     mode: Literal["protect", "observe"] = Field("protect", description="act, or report only")
+    replicas: bool = Field(True, description="several processes train one model: they measure and decide together")
     rank_timeout_s: float = Field(
         120.0, gt=0, description="seconds after which a rank that does not answer is given up"
     )

@@ -94,7 +94,7 @@ class Supervisor:
         Something that cannot work: an empty probe loader, a loss that cannot be inferred, another model's optimizer,
         sharded parameters.
     RankError
-        The ranks of a distributed run were given other settings or other held-out examples.
+        The ranks of a distributed run were given other settings, held-out examples or parameters.
     JournalError
         ``run_dir`` holds a run already (see `resume`), or cannot be written.
     SnapshotError
@@ -192,7 +192,9 @@ class Supervisor:
                 f"The parameter {sharded!r} is sharded over processes (FSDP, tensor parallelism), which cannot be "
                 "supervised yet; DistributedDataParallel can."
             )
-        replicas = Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size)
+        replicas = (
+            Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size) if chosen.replicas else None
+        )
         if replicas is not None:
             if resume:
                 raise ConfigurationError(
@@ -245,6 +247,8 @@ class Supervisor:
                 spill=self._spill_folder(),
             )
             suite = SensorSuite(self.model, tap, size=chosen.sketch_size, seed=chosen.seed)
+            if replicas is not None:
+                replicas.same(suite.fingerprint(), "set of parameters (settings.replicas = False, if that is meant)")
             journal = JournalWriter.resume(Path(run_dir or ".")) if resume else JournalWriter(self.run_dir)
             actuator = Actuator(
                 model=self.model,

@@ -93,7 +93,7 @@ def same_everywhere(ranks: list[dict[str, list[object]]]) -> dict[str, list[obje
     return ranks[0]
 
 
-@pytest.mark.parametrize("mode", ["observe", "protect"])
+@pytest.mark.parametrize("mode", [pytest.param("observe", marks=pytest.mark.slow), "protect"])
 def test_a_clean_run_is_the_bare_run(mode: str, tmp_path: Path) -> None:
     """Parameters and random streams of every rank; cadences measured, not fixed, come from rank 0."""
     (tmp_path / "bare").mkdir()
@@ -144,6 +144,7 @@ def test_replicas_that_part_quietly_are_set_back_to_what_they_had_in_common(tmp_
     assert replay(tmp_path / "run").identical
 
 
+@pytest.mark.slow
 def test_a_cadence_never_follows_what_one_rank_alone_sees(tmp_path: Path) -> None:
     """Ranks whose losses differ keep and restore the same steps: where each decides by its own loss, they do not."""
     first = same_everywhere(
@@ -162,6 +163,7 @@ def test_a_rank_that_dies_is_told_and_nobody_hangs(tmp_path: Path) -> None:
     assert "RankError" in alive or "RuntimeError" in alive  # ours, or that of the gradients' own reduction
 
 
+@pytest.mark.slow
 def test_a_rank_that_skips_update_is_told(tmp_path: Path) -> None:
     ranks = launch(train, 2, tmp_path, extra_step=(1, 30), rank_timeout_s=5.0)
     # Whoever is told first ends, and the gradients' own reduction tells the other.
@@ -180,6 +182,27 @@ def test_what_one_rank_cannot_measure_stops_no_training(tmp_path: Path) -> None:
 def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
     ranks = launch(_other_settings, 2, tmp_path)
     assert all("another settings" in rank for rank in ranks), ranks
+
+
+def test_ranks_with_other_parameters_are_refused_or_left_alone(tmp_path: Path) -> None:
+    ranks = launch(_other_parameters, 2, tmp_path)
+    assert all("another set of parameters" in rank[0] and rank[1] == "ACCEPT" for rank in ranks), ranks
+
+
+def _other_parameters(rank: int, size: int, folder: Path) -> object:
+    """Every rank trains a model of its own."""
+    from kalmanguard import Supervisor
+    from kalmanguard.models import load_plant
+
+    plant = load_plant("mlp")(seed=rank)
+    held_out = load_plant("mlp")(seed=0).probe_loader
+    try:
+        Supervisor(plant.model, held_out, optimizer=plant.optimizer)
+    except RankError as error:
+        refusal = str(error)
+    with Supervisor(plant.model, held_out, optimizer=plant.optimizer, settings={"replicas": False}) as supervisor:
+        decision = supervisor.update(plant.train_step(next(plant.loader)))
+    return refusal, decision.action.value
 
 
 def _other_settings(rank: int, size: int, folder: Path) -> object:
@@ -232,7 +255,7 @@ def _told(decisions: object, supervisor: object, states: object) -> dict[str, ob
     }
 
 
-@pytest.mark.parametrize("kind", ["huggingface", "lightning"])
+@pytest.mark.parametrize("kind", ["huggingface", pytest.param("lightning", marks=pytest.mark.slow)])
 def test_frameworks_under_data_parallelism(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers" if kind == "huggingface" else "lightning")
     first = same_everywhere(launch(_framework, 2, tmp_path, kind=kind))

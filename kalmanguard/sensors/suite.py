@@ -73,6 +73,10 @@ class SensorSuite:
         """The latest sketch of the parameters, shape ``(k,)``."""
         return self._position
 
+    def fingerprint(self) -> str:
+        """The present parameters as a text that two processes can compare: equal where they are."""
+        return self._sketch().tobytes().hex()
+
     def before_step(self) -> None:
         """Check integrity; called right before the first optimizer step since the last measurement."""
         self._tampered = self._integrity.check()
