@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-
 pytest.importorskip("transformers")
 from kalmanguard.integrations.axolotl import KalmanGuardArgs, KalmanGuardPlugin
 from kalmanguard.integrations.axolotl.arguments import settings_of
