@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 _NEVER = -(1 << 40)
 #: Of `Supervisor.state_dict`; another one than before wherever the state of the engine has another shape.
-_STATE_FORMAT = 2
+_STATE_FORMAT = 3
 
 
 class Supervisor:
@@ -159,7 +159,8 @@ class Supervisor:
         """Continue a run from the last clean checkpoint of ``run_dir``: model, optimizer, random state, supervision.
 
         The optimizer must exist, since its state is restored now. `step` goes on counting where the records end;
-        `resumed_from` is the step whose state was restored, which may be an earlier one.
+        `resumed_from` is the step whose state was restored, which may be an earlier one. In several processes every
+        rank resumes, as many as there are now; random streams are restored on rank 0 alone.
 
         Raises
         ------
@@ -196,10 +197,6 @@ class Supervisor:
             Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size) if chosen.replicas else None
         )
         if replicas is not None:
-            if resume:
-                raise ConfigurationError(
-                    "Supervisor.resume works in one process only: load the checkpoint on every rank, and begin anew."
-                )
             replicas.same(chosen.model_dump_json(exclude={"run_dir"}), "settings")
         schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list) else [scheduler]
         for item in schedulers:
@@ -249,7 +246,8 @@ class Supervisor:
             suite = SensorSuite(self.model, tap, size=chosen.sketch_size, seed=chosen.seed)
             if replicas is not None:
                 replicas.same(suite.fingerprint(), "set of parameters (settings.replicas = False, if that is meant)")
-            journal = JournalWriter.resume(Path(run_dir or ".")) if resume else JournalWriter(self.run_dir)
+            keeps = resume and (replicas is None or replicas.is_first)
+            journal = JournalWriter.resume(Path(run_dir or ".")) if keeps else JournalWriter(self.run_dir)
             actuator = Actuator(
                 model=self.model,
                 tap=tap,
@@ -280,14 +278,14 @@ class Supervisor:
         self._own_s = self._total_s = 0.0
         self._ended = time.perf_counter()
         self._exit = atexit.register(_at_exit, own)
+        if not keeps:
+            journal.write_header(header(chosen, recovery.describe(), self.model, probe.size, probe.digest))
         if resume:
             try:
                 self._continue()
             except BaseException:
                 self._abandon()
                 raise
-        else:
-            journal.write_header(header(chosen, recovery.describe(), self.model, probe.size, probe.digest))
 
     def update(self, loss: Tensor | float | None = None, *, batch: Any = None) -> Decision:
         """Supervise the step that was just taken; call once per step, after ``optimizer.step()``.
@@ -869,17 +867,34 @@ class Supervisor:
     def _continue(self) -> None:
         loop = self._loop
         loop.tap.bind()
-        if loop.actuator.store is None:
-            raise SnapshotError("A run without a run folder has no checkpoint to resume from.")
-        step, tree, meta = loop.actuator.store.load_last_clean()
+        step, tree, meta = self._last_clean()
         self.resumed_from = step
-        loop.actuator.state.load_tree(tree, rng=True, schedule=True, data=self._rewindable)
+        # One stream of random numbers on all ranks would be one and the same dropout everywhere.
+        own_rng = loop.replicas is None or loop.replicas.is_first
+        loop.actuator.state.load_tree(tree, rng=own_rng, schedule=True, data=self._rewindable)
         # The checkpoint may be of an earlier step than the one it was written at: the filters go back with the state.
         state = statefile.load(meta["engine"])
         estimators = dict(state.saved).get(step, state.estimators)
         self.load_state_dict({**meta, "engine": statefile.dump(state._replace(estimators=estimators))})
         # What was restored is known to be good: it is probed and captured again before it is trained on.
         loop.tap.begun = False
+
+    def _last_clean(self) -> tuple[int, Any, dict[str, Any]]:
+        """The last clean checkpoint: rank 0's, which need not lie where the others can read it."""
+        store, replicas = self._loop.actuator.store, self._loop.replicas
+        found, reason = None, "A run without a run folder has no checkpoint to resume from."
+        if store is not None:
+            try:
+                found = store.load_last_clean()
+            except SnapshotError as error:
+                if replicas is None:
+                    raise
+                reason = str(error)
+        if replicas is not None:
+            found, reason = replicas.of_first((found, reason))
+        if found is None:
+            raise SnapshotError(reason)
+        return found
 
     def _abandon(self) -> None:
         self._closed = True

@@ -84,6 +84,7 @@ def train(
     die: tuple[int, int] | None = None,
     extra_step: tuple[int, int] | None = None,
     broken_loss: tuple[int, int] | None = None,
+    resume: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train a plant, each rank on its part of every batch; ``faults`` by rank in the injector's notation."""
@@ -94,7 +95,12 @@ def train(
     supervisor = None
     if mode is not None:
         chosen = Settings(**{**FIXED, "mode": mode, "rank_timeout_s": 15.0, **settings})
-        supervisor = Supervisor(model, made.probe_loader, settings=chosen, run_dir=folder / "run")
+        if resume:
+            supervisor = Supervisor.resume(
+                folder / "run", model, made.probe_loader, optimizer=made.optimizer, settings=chosen
+            )
+        else:
+            supervisor = Supervisor(model, made.probe_loader, settings=chosen, run_dir=folder / "run")
     states, decisions = [digest(made.model)], []
     with injector.attach(made.model, made.optimizer):
         for step in range(1, steps + 1):
@@ -115,6 +121,7 @@ def train(
         "states": states,
         "decisions": [essence(decision) for decision in decisions],
         "rng": torch.get_rng_state().tolist(),
+        "resumed_from": None if supervisor is None else supervisor.resumed_from,
     }
     if supervisor is not None:
         found["errors"] = supervisor.statistics()["errors"]

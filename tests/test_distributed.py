@@ -209,6 +209,22 @@ def _other_settings(rank: int, size: int, folder: Path) -> object:
     return train(rank, size, folder, give_back=0.2 if rank == 0 else 0.3)
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_killed_run_is_resumed_on_as_many_ranks_as_there_are(size: int, tmp_path: Path) -> None:
+    """The state is that of the last durable checkpoint, on every rank; what was certified as durable is not lost."""
+    alive, dead = launch(train, 2, tmp_path, die=(1, 70), rank_timeout_s=5.0, checkpoint_share=0.5)
+    assert dead is None
+    assert isinstance(alive, str)
+    for path in tmp_path.glob("rank*.pt"):
+        path.unlink()
+    (tmp_path / "store").unlink()
+    first = same_everywhere(launch(train, size, tmp_path, resume=True, steps=40))
+    assert isinstance(first["resumed_from"], int)
+    assert 0 < first["resumed_from"] < 70
+    assert first["decisions"][0][0] > first["resumed_from"]  # type: ignore[index]
+    assert replay(tmp_path / "run").identical
+
+
 # -- frameworks --------------------------------------------------------------------------------------------------------
 
 

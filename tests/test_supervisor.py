@@ -874,7 +874,7 @@ def test_a_saved_state_that_does_not_fit_is_refused(runs: list[Run]) -> None:
     runs.append(run)
     run.go(5)
     saved = run.supervisor.state_dict()
-    with pytest.raises(ConfigurationError, match="format 7; this version reads format 2"):
+    with pytest.raises(ConfigurationError, match="format 7; this version reads format 3"):
         run.supervisor.load_state_dict({**saved, "format": 7})
     with pytest.raises(ConfigurationError, match="another probe set"):
         run.supervisor.load_state_dict({**saved, "probe": "0" * 64})
