@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 #: Arguments that make them short.
-SMALL = {
+SMALL: dict[str, list[str]] = {
     "analyze_a_log": ["300"],
     "what_if": ["120"],
     "estimate": ["600"],

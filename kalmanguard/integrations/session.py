@@ -130,6 +130,8 @@ class Session:
             raise
         known = self._log.last
         self._tell(decision)
+        if not self.supervisor.is_first_rank:
+            return decision  # rank 0 says it
         if decision.action is not Action.ACCEPT and decision is not known:
             _LOGGER.warning("kalmanguard: %s (%s)", decision.reason.rstrip("."), decision.action.value)
         if decision.action is Action.HALT:
@@ -139,8 +141,9 @@ class Session:
 
     def _tell(self, decision: Decision) -> None:
         self._log.add(decision)
-        for log in self._logs:
-            log.add(decision)
+        if self.supervisor is not None and self.supervisor.is_first_rank:
+            for log in self._logs:
+                log.add(decision)
 
     def resume(self, state: Callable[[], Mapping[str, Any]]) -> None:
         """Go on with a saved state of supervision; one that cannot be read or does not fit is warned about."""
