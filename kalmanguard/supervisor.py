@@ -104,7 +104,8 @@ class Supervisor:
     -----
     Where torch.distributed is initialised, every rank makes its supervisor of the same replica (as under
     DistributedDataParallel): what they measure is put together, so all decide alike (`kalmanguard.distributed`), and
-    rank 0 keeps journal and checkpoints. `update`, `snapshot`, `rollback` and `attach` must then be called on all ranks.
+    rank 0 keeps journal and checkpoints. `update`, `snapshot`, `rollback` and `attach` must then be called on all
+    ranks.
 
     In observe mode a supervised run is bit-identical to the bare run. In protect mode only a confirmed fault changes
     anything. A fault inside the supervisor never stops training: it is recorded, warned about once, and supervision

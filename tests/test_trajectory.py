@@ -274,7 +274,7 @@ def test_what_is_guessed_and_what_is_not() -> None:
     }
     assert any("rows are taken to be steps" in note for note in assign(["loss"]).notes)
     both = assign(["step", "train_loss", "loss"])
-    assert dict(both.channels) == {"train_loss": "loss", "loss": "loss (column)"}
+    assert dict(both.channels) == {"train_loss": "train_loss", "loss": "loss"}
 
 
 def test_columns_can_be_said(tmp_path: Path) -> None:
@@ -617,3 +617,21 @@ def test_arrays_that_are_none_are_refused() -> None:
         Trajectory.from_arrays([1.5, 2.0], loss=[1.0, 2.0])
     with pytest.raises(ConfigurationError, match="shape"):
         Trajectory.from_arrays(loss=[[1.0], [2.0]])
+
+
+def test_a_log_with_its_newest_row_first_is_read_from_the_end(tmp_path: Path) -> None:
+    log = lines(tmp_path / "log.jsonl", *({"step": n, "loss": 1.0 / n} for n in range(50, 0, -1)))
+    read = Trajectory.load(log)
+    assert read.steps.tolist() == list(range(1, 51))
+    assert read.series("loss")[1].tolist() == [1.0 / n for n in range(1, 51)]
+    assert any("newest row comes first" in note for note in read.source.notes)
+
+
+def test_channels_named_like_others_come_back_as_they_were(tmp_path: Path) -> None:
+    given = {"loss": [1.0, 2.0], "train_loss": [3.0, 4.0], "lr": [0.1, 0.2], "learning_rate": [0.3, 0.4]}
+    for name in ("jsonl", "csv"):
+        path = tmp_path / f"log.{name}"
+        trajectory = Trajectory.from_arrays(**given)
+        trajectory.to_jsonl(path) if name == "jsonl" else trajectory.to_csv(path)
+        read = Trajectory.load(path)
+        assert {channel: read.series(channel)[1].tolist() for channel in given} == given

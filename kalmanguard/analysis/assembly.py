@@ -11,6 +11,8 @@ from kalmanguard.analysis.tables import IntArray
 from kalmanguard.errors import TrajectoryError
 from kalmanguard.records import FloatArray
 
+#: Rows from which on steps that only fall are a log with its newest row first, and no restarts.
+_DESCENDING = 3
 #: Steps beyond this are no counts.
 LARGEST_STEP = 1 << 53
 
@@ -73,9 +75,15 @@ def assemble(parts: Iterable[Part]) -> Assembled:
     velocities = _velocities(parts, len(steps))
     if not len(steps):
         return Assembled(steps, {}, None, ())
-    segment = _segments(steps, channels)
     notes: list[str] = []
-    if segment[-1] and _counts_within_epochs(steps, segment, channels.get("epoch")):
+    if len(steps) > _DESCENDING and (np.diff(steps) < 0).all():
+        notes.append("The newest row comes first: the rows are read from the end.")
+        last = len(steps) - 1
+        steps = steps[::-1]
+        channels = {name: Channel(last - c.rows[::-1], c.values[::-1]) for name, c in channels.items()}
+        velocities = None if velocities is None else velocities[::-1]
+    segment = _segments(steps, channels)
+    if segment[-1] and _counts_within_epochs(steps, segment, _epoch(channels)):
         notes.append("The steps begin again in every epoch: they are counted on from one epoch to the next.")
         steps = _counted_on(steps, segment)
         segment = np.zeros_like(segment)
@@ -195,6 +203,12 @@ def _segments(steps: IntArray, channels: Mapping[str, Channel]) -> IntArray:
             first -= 1
         segment[first] += 1
     return np.cumsum(segment)
+
+
+def _epoch(channels: Mapping[str, Channel]) -> Channel | None:
+    """The column of epochs, under one of its usual names."""
+    names = ("epoch", "epochs", "current_epoch", "train/epoch", "trainer/epoch", "train_epoch", "Epoch")
+    return next((channels[name] for name in names if name in channels), None)
 
 
 def _counts_within_epochs(steps: IntArray, segment: IntArray, epoch: Channel | None) -> bool:
