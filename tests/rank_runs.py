@@ -26,7 +26,7 @@ def digest(model: nn.Module) -> str:
     """Of all parameters and buffers."""
     found = hashlib.sha256()
     for tensor in model.state_dict().values():
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
