@@ -320,3 +320,15 @@ def test_a_restart_does_not_join_what_lies_apart() -> None:
     steps = np.concatenate([np.arange(1, 601), np.arange(1, 601)])
     incidents = analyze(Trajectory.from_arrays(steps, loss=loss), estimate=False).incidents
     assert [i.first for i in incidents] == [501, 501]
+
+
+def test_few_readings_that_fall_have_made_progress() -> None:
+    """A dozen held-out losses of a run that goes well: what they fall by is not their noise."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        y = 3.3 + 7.5 * np.exp(-np.arange(1_600) / 250) + 0.02 * rng.normal(size=1_600)
+        steps = np.arange(125, 1_601, 125)
+        judged = Trajectory.from_arrays(loss=y, probe=(steps, y[steps - 1])).judge()
+        assert judged.standing is not None
+        assert judged.standing.progressed, seed
+        assert verdict(judged).health is Health.HEALTHY, seed

@@ -118,7 +118,7 @@ class Judge:
     def _learn(self, e: Estimators, known: float, probe: ProbeReading) -> tuple[Estimators, float]:
         """Standard error of the difference between two probes; 0 while nothing is known of it.
 
-        A mean alone, as logs hold it, does not tell: it is as uncertain as such means were to predict, or wandered.
+        A mean alone, as logs hold it, does not tell: it is as uncertain as such means have wandered so far.
         """
         if _comparable(e, probe):
             assert e.reference is not None
@@ -128,8 +128,8 @@ class Judge:
         if prediction is None or not prediction.ready:
             return e, known
         e = e._replace(wander=wandered(e.wander, probe.mean, prediction.deviation))
-        few = 1.0 + _FEW / e.probe.scale.seen
-        return e, float(few * max(e.wander.deviation, prediction.deviation))
+        few = 1.0 + _FEW / max(1, e.wander.kinks.seen)
+        return e, float(few * e.wander.deviation)
 
     def _line(self, ledger: Ledger, share: float = 1.0) -> Envelope:
         return self._rule.of(ledger.start, ledger.best, ledger.standard_error, share=share)

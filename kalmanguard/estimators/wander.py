@@ -15,16 +15,21 @@ _MEMORY = 100
 _PER_SQUARED_BUMP = 6.0 / (2.0 - 3.0 * math.sqrt(3.0) / (2.0 * math.pi))
 
 
+#: The same over the mean squared height above the chord of both neighbours, which half of the readings have.
+_PER_SQUARED_KINK = 2.0 / (1.5 / 2.0)
+
+
 class Wander(NamedTuple):
-    """The last readings, newest last, and per distance the scale of differences as bumps show it."""
+    """The last readings, newest last, and the scale of differences as kinks show it, and bumps at each distance."""
 
     recent: tuple[float, ...] = ()
+    kinks: Scale = Scale()
     scales: tuple[Scale, ...] = (Scale(),) * len(_LAGS)
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the difference between two readings, at the distance where it is largest."""
-        return max(scale.deviation for scale in self.scales)
+        """Standard deviation of the difference between two readings, where it is largest."""
+        return max(self.kinks.deviation, *(scale.deviation for scale in self.scales))
 
 
 def wandered(state: Wander, value: float, deviation: float) -> Wander:
@@ -43,7 +48,9 @@ def wandered(state: Wander, value: float, deviation: float) -> Wander:
     Notes
     -----
     A bump is the lesser of a rise and the fall that follows it over the same distance. Neither progress nor harm that
-    lasts makes one, so neither counts as noise, fast or slow; what the run has come back from by itself does.
+    lasts makes one, so neither counts as noise, fast or slow; what the run has come back from by itself does. Where
+    readings fall by more than their noise there are none, and kinks tell it: how far a reading lies above the chord of
+    its neighbours, which a fall that slows down never does.
     Assumes that rises and falls are alike. Guarantee: HEURISTIC; the scale is exact for independent normal readings,
     and for correlated ones at distances beyond their memory. Cost: 6 us a reading.
 
@@ -64,6 +71,15 @@ def wandered(state: Wander, value: float, deviation: float) -> Wander:
         top = recent[-1 - lag]
         bump = max(0.0, min(top - recent[-1 - 2 * lag], top - value))
         bump = min(bump, CLIP * max(scales[i].deviation, deviation))
-        square, n = _PER_SQUARED_BUMP * bump * bump, scales[i].seen + 1
-        scales[i] = Scale(scales[i].variance + max(1.0 / _MEMORY, 1.0 / n) * (square - scales[i].variance), n)
-    return Wander(recent, tuple(scales))
+        scales[i] = _learned(scales[i], _PER_SQUARED_BUMP * bump * bump)
+    kinks = state.kinks
+    if len(recent) > 2:
+        kink = max(0.0, recent[-2] - (recent[-3] + value) / 2.0)
+        kink = min(kink, CLIP * max(kinks.deviation, deviation))
+        kinks = _learned(kinks, _PER_SQUARED_KINK * kink * kink)
+    return Wander(recent, kinks, tuple(scales))
+
+
+def _learned(scale: Scale, square: float) -> Scale:
+    n = scale.seen + 1
+    return Scale(scale.variance + max(1.0 / _MEMORY, 1.0 / n) * (square - scale.variance), n)
