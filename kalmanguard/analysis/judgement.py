@@ -312,6 +312,8 @@ class Judge:
         earlier = [(clock, e) for logged, clock, e in self._history if logged < step]
         self._history = [item for item in self._history if item[0] < step]
         clock, estimators = earlier[-1] if earlier else (0, Estimators())
+        # What noise readings have is no less known for it.
+        estimators = estimators._replace(wander=self._state.estimators.wander)
         # As where a live run is resumed, the drift test begins anew: what it has seen is of steps that are undone.
         ledger = self._state.ledger._replace(drift=DriftState())
         self._state = EngineState(self._state.estimators, ledger, ((clock, estimators),))

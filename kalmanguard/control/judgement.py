@@ -37,8 +37,9 @@ _CLIMBS = 6
 #: Standard errors of the paired difference above which harm is one of most examples, and above which it is any.
 _EVERYWHERE, _CREDIBLE_RISE = 5.0, 3.0
 _ERROR_GAIN = 0.2
-#: A scale of n readings is widened by so much over n: about the quantile of Student's t over the normal one, at 4.
-_FEW = 6.0
+#: A scale of n readings is widened by so much over n: about the quantile of Student's t over the normal one, at 4; and
+#: from so many on it is one.
+_FEW, _LEAST = 6.0, 5
 
 
 class Verdict(NamedTuple):
@@ -124,12 +125,13 @@ class Judge:
             assert e.reference is not None
             error = paired_standard_error(probe.losses, e.reference)
             return e, error if known == 0 else known + _ERROR_GAIN * (error - known)
-        prediction = self._probe.predict(e.probe, 0.0) if len(probe.losses) == 1 else None
-        if prediction is None or not prediction.ready:
+        if len(probe.losses) > 1:
             return e, known
-        e = e._replace(wander=wandered(e.wander, probe.mean, prediction.deviation))
-        few = 1.0 + _FEW / max(1, e.wander.kinks.seen)
-        return e, float(few * e.wander.deviation)
+        prediction = self._probe.predict(e.probe, 0.0)
+        off = prediction.deviation if prediction is not None and prediction.ready else math.inf
+        e = e._replace(wander=wandered(e.wander, probe.mean, off))
+        seen = e.wander.kinks.seen
+        return e, float((1.0 + _FEW / seen) * e.wander.deviation) if seen >= _LEAST else known
 
     def _line(self, ledger: Ledger, share: float = 1.0) -> Envelope:
         return self._rule.of(ledger.start, ledger.best, ledger.standard_error, share=share)
