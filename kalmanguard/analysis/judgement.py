@@ -23,6 +23,8 @@ LISTED, LISTED_LAST = 4_000, 1_000
 RECENT = 4_096
 #: Training losses whose mean stands in for a held-out loss, where a log has none.
 STAND_IN = 16
+#: Of these, the greatest that are left out.
+_SPIKES = 2
 #: States of the estimators that are kept for a run that goes back to an earlier step.
 _REMEMBERED = 128
 _INNOVATIONS = ("z_loss", "z_gradient", "z_gain", "z_buffers", "z_trajectory")
@@ -284,7 +286,9 @@ class Judge:
         # One that a scaler has skipped is no harm; a run of them is.
         enough = len(finite) > STAND_IN // 2
         # Its mean alone: neighbouring losses share their examples, or their average, so their spread is not its error.
-        return replace(m, probe=ProbeReading(np.array([math.fsum(finite) / len(finite) if enough else math.nan])))
+        # The greatest two are left out, so that a spike of a row or two, which is told anyway, is no lasting harm.
+        kept = sorted(finite)[:-_SPIKES]
+        return replace(m, probe=ProbeReading(np.array([math.fsum(kept) / len(kept) if enough else math.nan])))
 
     def result(self) -> Judgement:
         """What has been found so far."""
