@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kalmanguard.analysis.analysis import Analysis
-from kalmanguard.analysis.drawing import axes_or_new, legend_label
+from kalmanguard.analysis.drawing import axes_or_new, legend_above, legend_label
 from kalmanguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Comparison:
         axes.axhline(self.target, color="#333333", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step")
         axes.set_ylabel(self.label)
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
         return axes
 
     def to_dict(self) -> dict[str, Any]:

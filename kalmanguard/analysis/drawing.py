@@ -36,3 +36,13 @@ def legend_label(name: str) -> str:
     '\u200b_cost in \\$'
     """
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def legend_above(axes: Axes) -> None:
+    """Name what is drawn above the axes, where no data lie."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        axes.legend(
+            handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False, fontsize=8,
+            borderaxespad=0.2, columnspacing=1.2, handlelength=1.6,
+        )  # fmt: skip

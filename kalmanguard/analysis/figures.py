@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kalmanguard.analysis.decimation import Curve
-from kalmanguard.analysis.drawing import axes_or_new, legend_label
+from kalmanguard.analysis.drawing import axes_or_new, legend_above, legend_label
 from kalmanguard.analysis.judgement import Event, Judgement
 from kalmanguard.records import Action
 
@@ -63,7 +63,7 @@ def plot_losses(judgement: Judgement, axes: Axes | None = None) -> Axes:
     axes.set_ylabel("loss")
     _events(axes, judgement.events)
     if shown or bound:
-        axes.legend(loc="upper right", frameon=False, fontsize=8, ncols=2)
+        legend_above(axes)
     return axes
 
 
@@ -109,7 +109,7 @@ def plot_innovations(judgement: Judgement, axes: Axes | None = None) -> Axes:
     axes.set_ylim(bottom=0.3)
     axes.set_ylabel("innovation, deviations")
     _events(axes, judgement.events)
-    axes.legend(loc="upper right", frameon=False, fontsize=8, ncols=3)
+    legend_above(axes)
     return axes
 
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from kalmanguard.analysis.assembly import Assembled, Channel, Part, assemble, merged, whole_steps
 from kalmanguard.analysis.columns import CHANNELS
-from kalmanguard.analysis.drawing import axes_or_new
+from kalmanguard.analysis.drawing import axes_or_new, legend_above
 from kalmanguard.analysis.formats.opening import run_name
 from kalmanguard.analysis.formats.records import VELOCITY
 from kalmanguard.analysis.judgement import Judge, Judgement, judge
@@ -260,7 +260,7 @@ class Trajectory:
                 steps, values = self.series(channel)
                 draw_series(axes, steps, values, channel)
         axes.set_xlabel("step")
-        axes.legend(frameon=False)
+        legend_above(axes)
         return axes
 
     # -- writing it ----------------------------------------------------------------------------------------------------
