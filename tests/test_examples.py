@@ -13,10 +13,13 @@ ROOT = Path(__file__).parents[1]
 #: Arguments that make them short.
 SMALL: dict[str, list[str]] = {
     "analyze_a_log": ["300"],
-    "what_if": ["120"],
-    "estimate": ["600"],
     "damping_study": ["--tiny"],
     "data_parallel": ["150"],
+    "estimate": ["600"],
+    "finetune_with_trainer": ["30"],
+    "gan": ["120"],
+    "policy_gradient": ["60"],
+    "what_if": ["120"],
 }
 
 
