@@ -94,7 +94,7 @@ def train(
     injector = FaultInjector.parse((faults or {}).get(rank, ()), seed=0)
     supervisor = None
     if mode is not None:
-        chosen = Settings(**{**FIXED, "mode": mode, "rank_timeout_s": 15.0, **settings})
+        chosen = Settings(**{**FIXED, "mode": mode, "rank_timeout_s": 60.0, **settings})
         if resume:
             supervisor = Supervisor.resume(
                 folder / "run", model, made.probe_loader, optimizer=made.optimizer, settings=chosen
