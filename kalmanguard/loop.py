@@ -214,6 +214,8 @@ class Loop:
                     "in the probe's data, in loss_fn and in the model's parameters"
                 )
                 self.incidents.report(self.step, what)
+        except RankError:
+            raise
         except (Exception, SnapshotError) as fault:
             self.incidents.report(self.step, f"supervision could not begin: {type(fault).__name__}: {fault}", fault)
 
@@ -363,7 +365,7 @@ class Loop:
                 return
             try:
                 controls.decision = self._restore_a_sound_state(first)
-            except RestoreFailed:
+            except (RestoreFailed, RankError):
                 raise
             except Exception as fault:
                 raise RestoreFailed(f"{type(fault).__name__}: {fault}") from fault
@@ -393,6 +395,8 @@ class Loop:
             restored = decision.orders.restore
             try:
                 outcome = self.restore(restored, action=decision.proposed, rung=decision.orders.rung)
+            except RankError:
+                raise
             except Exception as fault:
                 raise RestoreFailed(f"step {restored}: {type(fault).__name__}: {fault}") from fault
             certified = any(s.certified for s in self.state.ledger.slots if s.step == restored)
@@ -417,6 +421,8 @@ class Loop:
         """Probe; a state that was restored is one also when its probe cannot be read."""
         try:
             return self.read_probe()
+        except RankError:
+            raise
         except Exception as fault:
             self.incidents.report(self.step, f"the restored state was not probed: {fault}", fault)
             return None

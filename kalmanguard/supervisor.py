@@ -198,7 +198,7 @@ class Supervisor:
             Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size) if chosen.replicas else None
         )
         if replicas is not None:
-            replicas.same(chosen.model_dump_json(exclude={"run_dir"}), "settings")
+            replicas.same(chosen.model_dump_json(), "settings")
         schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list) else [scheduler]
         for item in schedulers:
             if not hasattr(item, "state_dict"):

@@ -179,6 +179,22 @@ def test_what_one_rank_cannot_measure_stops_no_training(tmp_path: Path) -> None:
     assert ranks[0]["decisions"][30:] == ranks[1]["decisions"][30:]
 
 
+def test_a_step_without_gradients_is_a_step(tmp_path: Path) -> None:
+    ranks = launch(_without_gradients, 2, tmp_path)
+    assert ranks == [("ACCEPT", 0), ("ACCEPT", 0)], ranks
+
+
+def _without_gradients(rank: int, size: int, folder: Path) -> object:
+    from kalmanguard import Supervisor
+    from kalmanguard.models import load_plant
+
+    plant = load_plant("mlp")(seed=0)
+    with Supervisor(plant.model, plant.probe_loader, optimizer=plant.optimizer) as supervisor:
+        plant.optimizer.step()
+        decision = supervisor.update()
+        return decision.action.value, supervisor.statistics()["errors"]
+
+
 def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
     ranks = launch(_other_settings, 2, tmp_path)
     assert all("another settings" in rank for rank in ranks), ranks
@@ -244,6 +260,8 @@ def _framework(rank: int, size: int, folder: Path, *, kind: str) -> object:
         options = {"steps": 60, "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 25}
         hf.trainer_of(folder, [hf.Faults(injector), callback, recorder], **options).train()
         return _told(callback.decisions, callback.supervisor, recorder.states)
+    if kind == "accelerate":
+        return _accelerate(rank, folder, injector)
     from lightning.pytorch import Callback
 
     from . import test_lightning as lightning
@@ -261,6 +279,20 @@ def _framework(rank: int, size: int, folder: Path, *, kind: str) -> object:
     return _told(guard.decisions, guard.supervisor, states.states)
 
 
+def _accelerate(rank: int, folder: Path, injector: object) -> object:
+    from . import test_accelerate as accelerate
+
+    loop = accelerate.Loop(folder)
+    if rank == 1:
+        injector.at(30).nan_gradient()  # type: ignore[attr-defined]
+    else:
+        injector.at(41).bit_flip(match="0.weight")  # type: ignore[attr-defined]
+    assert loop.guard is not None
+    with injector.attach(loop.plant.model, loop.plant.optimizer), loop.guard as guard:  # type: ignore[attr-defined]
+        loop.train(60)
+    return _told(guard.decisions, guard.supervisor, loop.states)
+
+
 def _told(decisions: object, supervisor: object, states: object) -> dict[str, object]:
     from .rank_runs import essence
 
@@ -271,16 +303,18 @@ def _told(decisions: object, supervisor: object, states: object) -> dict[str, ob
     }
 
 
-@pytest.mark.parametrize("kind", ["huggingface", pytest.param("lightning", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["huggingface", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lightning", "accelerate"))]
+)
 def test_frameworks_under_data_parallelism(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers" if kind == "huggingface" else "lightning")
+    pytest.importorskip("transformers" if kind == "huggingface" else kind)
     first = same_everywhere(launch(_framework, 2, tmp_path, kind=kind))
     states, decisions = first["states"], first["decisions"]
     acted = [decision for decision in decisions if decision[1] != "ACCEPT"]  # type: ignore[index]
     assert [decision[:2] for decision in acted[:2]] == [(30, "VETO"), (41, "ROLLBACK")]  # type: ignore[index]
     assert states[30] == states[29]
     assert states[41] == states[acted[1][4]]  # type: ignore[index]
-    folder = "_kalmanguard" if kind == "huggingface" else "kalmanguard"
+    folder = {"huggingface": "_kalmanguard", "lightning": "kalmanguard", "accelerate": "run"}[kind]
     assert replay(tmp_path / folder).identical
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from kalmanguard.actuators.actions import Controls, Recovery, RecoveryAction
 from kalmanguard.actuators.effects import LearningRateLimit
 from kalmanguard.control.retention import MOST_SLOTS, SMALL_RING
-from kalmanguard.errors import RestoreFailed, SnapshotError
+from kalmanguard.errors import RankError, RestoreFailed, SnapshotError
 from kalmanguard.records import Action, Decision, Orders, Outcome
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.settings import Settings
@@ -268,7 +268,7 @@ class Actuator:
 def _apply(action: RecoveryAction, controls: Controls) -> list[str]:
     try:
         action.apply(controls)
-    except RestoreFailed:
+    except (RankError, RestoreFailed):
         raise
     except Exception as error:
         return [f"{action.describe()}: {type(error).__name__}: {error}"]

@@ -189,8 +189,8 @@ class Judge:
     logged_clock
         The measurements come from a journal of ours: their steps are the engine's own.
     stand_in
-        The log has no held-out loss: the last 16 training losses are read as one at every 16th row. They are of other
-        examples each time, so they tell harm from noise by their spread, and nothing of overfitting.
+        The log has no held-out loss: the last 16 training losses, but for the greatest two, are read as one at every
+        16th row. They are of other examples each time, so they tell nothing of overfitting.
     buckets
         Width of the decimated curves.
 

@@ -105,7 +105,6 @@ class Judge:
             e = e._replace(probe=self._probe.update(e.probe, y, floor))
         if not verdict.accepted:
             return e, ledger, verdict
-        assert e.probe.gaussian is not None
         # After a dropped step the state is the same one, so the difference says nothing about the noise between two.
         if m.veto not in ("nonfinite", "explosion"):
             e, error = self._learn(e, ledger.standard_error, probe)

@@ -10,11 +10,10 @@ from kalmanguard.estimators.noise import CLIP, Scale
 #: Distances in readings over which a rise may come and go: a memory of up to some thirty readings is seen.
 _LAGS = (1, 2, 4, 8, 16, 32)
 _MEMORY = 100
-#: Variance of the difference of two independent readings over the mean squared height of a bump: the greatest of three
-#: normal deviates is the middle one, and its mean squared distance from the next is 2 - 3 sqrt(3) / (2 pi).
+#: Variance of the difference of two independent readings over the mean squared height of a bump: in a third of cases
+#: the greatest of three normal deviates is the middle one, and then its mean squared distance from the next is
+#: 2 - 3 sqrt(3) / (2 pi).
 _PER_SQUARED_BUMP = 6.0 / (2.0 - 3.0 * math.sqrt(3.0) / (2.0 * math.pi))
-
-
 #: The same over the mean squared height above the chord of both neighbours, which half of the readings have.
 _PER_SQUARED_KINK = 2.0 / (1.5 / 2.0)
 
@@ -51,8 +50,9 @@ def wandered(state: Wander, value: float, deviation: float) -> Wander:
     lasts makes one, so neither counts as noise, fast or slow; what the run has come back from by itself does. Where
     readings fall by more than their noise there are none, and kinks tell it: how far a reading lies above the chord of
     its neighbours, which a fall that slows down never does.
-    Assumes that rises and falls are alike. Guarantee: HEURISTIC; the scale is exact for independent normal readings,
-    and for correlated ones at distances beyond their memory. Cost: 6 us a reading.
+    Assumes that rises and falls are alike. Guarantee: HEURISTIC: each scale is right on average for independent normal
+    readings, and for correlated ones at distances beyond their memory; the largest of all, which is used, is too large
+    by some ten percent.
 
     Examples
     --------

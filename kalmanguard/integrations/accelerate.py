@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
-from kalmanguard.errors import ConfigurationError, SnapshotError
-from kalmanguard.integrations.session import Session, settings_for_trainers
+from kalmanguard.errors import ConfigurationError
+from kalmanguard.integrations.session import Session, Supervised, settings_for_trainers
 from kalmanguard.integrations.tracking import Log
-from kalmanguard.integrations.wrapping import wrap
+from kalmanguard.integrations.wrapping import tell_norms
 from kalmanguard.records import Decision
 from kalmanguard.settings import Settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from kalmanguard.certificate.verify import Report
-    from kalmanguard.supervisor import Supervisor
 
 _FOLDER = "kalmanguard"
 
 
-class AccelerateGuard:
+class AccelerateGuard(Supervised):
     """Supervise a loop that trains with an ``Accelerator``: one object, and one call for each micro-batch.
 
     Parameters
@@ -104,24 +102,8 @@ class AccelerateGuard:
             scheduler=None if scheduler is None else getattr(scheduler, "scheduler", scheduler),
             scaler=accelerator.scaler,
         )
-        self._unwrap = wrap(accelerator, "clip_grad_norm_", self._clip_grad_norm)
+        self._unwrap = tell_norms(accelerator, supervisor.clipped_from)
         accelerator.register_for_checkpointing(self)
-        self._told = supervisor.clipped_from
-
-    @property
-    def supervisor(self) -> Supervisor | None:
-        """The supervisor of the run."""
-        return self._session.supervisor
-
-    @property
-    def certificate(self) -> Report | None:
-        """Issued at the end; ``None`` before, or when it could not be."""
-        return self._session.certificate
-
-    @property
-    def decisions(self) -> tuple[Decision, ...]:
-        """What was decided: all that was not nominal, and the latest decisions."""
-        return self._session.decisions
 
     def update(self, loss: Tensor | float | None = None, *, batch: Any = None) -> Decision:
         """Supervise; call after ``optimizer.step()`` of every micro-batch, whether it has stepped or not.
@@ -141,7 +123,7 @@ class AccelerateGuard:
         if self.supervisor is None or not self._session.is_open:
             raise ConfigurationError("The guard is closed; make a new one to supervise further steps.")
         if loss is not None:
-            self._losses.append(loss.detach().float() if isinstance(loss, Tensor) else Tensor([loss]).squeeze())
+            self._losses.append(loss.detach().float() if isinstance(loss, Tensor) else torch.tensor(float(loss)))
         before = self.supervisor.step
         mean = sum(self._losses[1:], self._losses[0]) / len(self._losses) if self._losses else None
         decision = self._session.judge(mean, batch=batch)
@@ -152,35 +134,19 @@ class AccelerateGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """For ``accelerator.save_state``: one JSON text."""
-        state = self._session.state()
-        return {} if state is None else {"supervisor": json.dumps(state)}
+        text = self._session.text()
+        return {} if text is None else {"supervisor": text}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """For ``accelerator.load_state``; what does not fit is warned about, and supervision begins anew."""
-        saved = state_dict.get("supervisor")
-
-        def read() -> dict[str, Any]:
-            try:
-                found: dict[str, Any] = json.loads(str(saved))
-            except ValueError as error:
-                raise SnapshotError(f"The supervisor's saved state cannot be read: {error}.") from None
-            return found
-
-        if saved is not None:
-            self._session.resume(read)
+        if "supervisor" in state_dict:
+            self._session.resume_text(state_dict["supervisor"])
         self._losses.clear()
 
     def close(self) -> None:
         """Issue the certificate, close the run, and unwrap the accelerator's method."""
         self._session.end()
         self._unwrap()
-
-    def _clip_grad_norm(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        norm = method(*args, **kwargs)
-        euclidean = (args[2] if len(args) > 2 else kwargs.get("norm_type", 2)) == 2
-        if self._session.is_open and euclidean and isinstance(norm, Tensor | float):
-            self._told(norm)
-        return norm
 
     def __enter__(self) -> Self:
         return self

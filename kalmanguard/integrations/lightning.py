@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardError, SnapshotError
-from kalmanguard.integrations.session import Session, settings_for_trainers
+from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardError
+from kalmanguard.integrations.session import Session, Supervised, settings_for_trainers
 from kalmanguard.integrations.tracking import Log
-from kalmanguard.records import Action, Decision
+from kalmanguard.records import Action
 from kalmanguard.settings import Settings
 
 try:
@@ -26,8 +25,6 @@ except ImportError:  # the older of its two packages, which has classes of its o
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from kalmanguard.certificate.verify import Report
-    from kalmanguard.supervisor import Supervisor
 
 #: Examples of a probe's batch where a loader makes batches of its own kind.
 _BATCH = 32
@@ -35,7 +32,7 @@ _BATCH = 32
 _FOLDER = "kalmanguard"
 
 
-class KalmanGuardLightning(Callback):
+class KalmanGuardLightning(Supervised, Callback):
     """Supervise a Lightning Trainer's run: decisions, exact rollback, journal, certificate.
 
     ``Trainer(callbacks=[KalmanGuardLightning(loss_fn=...)])`` is all there is to do. Every batch that ends with a step
@@ -101,24 +98,9 @@ class KalmanGuardLightning(Callback):
     ) -> None:
         self._probe_loader, self._run_dir = probe_loader, run_dir
         self._session = Session(settings_for_trainers(settings, "Lightning"), loss_fn=loss_fn, keep=keep, logs=logs)
-        self._saved: str | None = None
+        self._saved: object = None
         self._loss: Tensor | None = None
         self._batches = 0
-
-    @property
-    def supervisor(self) -> Supervisor | None:
-        """The supervisor of the present or last run; ``None`` before training."""
-        return self._session.supervisor
-
-    @property
-    def certificate(self) -> Report | None:
-        """Issued at the end of training; ``None`` before, or when it could not be."""
-        return self._session.certificate
-
-    @property
-    def decisions(self) -> tuple[Decision, ...]:
-        """What was decided in the present or last run: all that was not nominal, and the latest decisions."""
-        return self._session.decisions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a supervisor for this run, with the state of its checkpoint when it resumes."""
@@ -148,7 +130,7 @@ class KalmanGuardLightning(Callback):
         )
         saved, self._saved = self._saved, None
         if saved is not None:
-            self._session.resume(lambda: _read(saved))
+            self._session.resume_text(saved)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge gradients where they are ready: inside the step, before they are clipped."""
@@ -192,23 +174,12 @@ class KalmanGuardLightning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The supervisor's state, which Lightning puts into its checkpoints: one JSON text."""
-        state = self._session.state()
-        return {} if state is None else {"supervisor": json.dumps(state)}
+        text = self._session.text()
+        return {} if text is None else {"supervisor": text}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training begins."""
-        saved = state_dict.get("supervisor")
-        self._saved = saved if isinstance(saved, str) else None
-
-
-def _read(saved: str) -> Mapping[str, Any]:
-    try:
-        state = json.loads(saved)
-    except ValueError as error:
-        raise SnapshotError(f"The supervisor's state in the checkpoint cannot be read: {error}.") from None
-    if not isinstance(state, dict):
-        raise SnapshotError(f"The checkpoint holds a {type(state).__name__}, not the state of a supervisor.")
-    return state
+        self._saved = state_dict.get("supervisor")
 
 
 def _planned(trainer: Trainer) -> int | None:

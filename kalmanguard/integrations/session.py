@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
-from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardError
+from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardError, SnapshotError
 from kalmanguard.integrations.decisions import DecisionLog
 from kalmanguard.integrations.tracking import Log
 from kalmanguard.journal.schema import locate
@@ -168,6 +169,15 @@ class Session:
             self.warn(f"the checkpoint goes without the supervisor's state: {error}", error)
             return None
 
+    def resume_text(self, saved: object) -> None:
+        """The same from what `text` has written."""
+        self.resume(lambda: _read(saved))
+
+    def text(self) -> str | None:
+        """As `state`, as one JSON text, which whoever loads a checkpoint need not unpickle."""
+        state = self.state()
+        return None if state is None else json.dumps(state)
+
     def end(self) -> None:
         """Issue the certificate and close the run."""
         if self.supervisor is None or not self._open:
@@ -199,6 +209,37 @@ class Session:
         if self._settings.strict:
             raise error
         warnings.warn(f"kalmanguard: {text.rstrip('.')}.", stacklevel=4)
+
+
+class Supervised:
+    """What a callback shows of its session."""
+
+    _session: Session
+
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """The supervisor of the present or last run; ``None`` before training."""
+        return self._session.supervisor
+
+    @property
+    def certificate(self) -> Report | None:
+        """Issued at the end of training; ``None`` before, or when it could not be."""
+        return self._session.certificate
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What was decided in the present or last run: all that was not nominal, and the latest decisions."""
+        return self._session.decisions
+
+
+def _read(saved: object) -> Mapping[str, Any]:
+    try:
+        state = json.loads(str(saved))
+    except ValueError as error:
+        raise SnapshotError(f"The supervisor's state in the checkpoint cannot be read: {error}.") from None
+    if not isinstance(state, dict):
+        raise SnapshotError(f"The checkpoint holds a {type(state).__name__}, not the state of a supervisor.")
+    return state
 
 
 def _unused(base: Path) -> Path:

@@ -6,6 +6,8 @@ import math
 import socket
 import time
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -60,7 +62,7 @@ def scalars(decision: Decision) -> dict[str, float]:
     return found
 
 
-class _Log:
+class _Log(ABC):
     """Every ``every``-th decision, and all that are not nominal; a tracker that fails never stops training."""
 
     def __init__(self, every: int) -> None:
@@ -80,7 +82,7 @@ class _Log:
         """Write what is left."""
         self._try(self._finish)
 
-    def _try(self, what: Any) -> None:
+    def _try(self, what: Callable[[], object]) -> None:
         try:
             what()
         except Exception as error:
@@ -91,11 +93,13 @@ class _Log:
                 stacklevel=4,
             )
 
+    @abstractmethod
     def _write(self, decision: Decision, text: str | None) -> None:
-        raise NotImplementedError
+        """Write one, with its sentence where it is not nominal."""
 
+    @abstractmethod
     def _finish(self) -> None:
-        raise NotImplementedError
+        """Write what is left."""
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +125,7 @@ class TensorBoardLog(_Log):
 
     Notes
     -----
-    One record for each decision, with all of its scalars, written by a thread of its own. Cost: 0.15 ms.
+    One record for each decision, with all of its scalars, written by a thread of its own.
 
     Examples
     --------
@@ -208,4 +212,4 @@ class TrackerLog(_Log):
         self._run.log(told)
 
     def _finish(self) -> None:
-        return
+        return  # every call was written at once

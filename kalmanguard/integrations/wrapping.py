@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Put ``around(method, ...)`` in the place of a method of one object; returns what takes it away again.
@@ -38,3 +40,24 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None
             delattr(owner, name)
 
     return undo
+
+
+def tell_norms(accelerator: Any, tell: Callable[[Tensor | float], None]) -> Callable[[], None]:
+    """Tell the Euclidean norms that gradients have before ``accelerator.clip_grad_norm_``; returns what ends it."""
+    ended = False
+
+    def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        norm = method(*args, **kwargs)
+        euclidean = (args[2] if len(args) > 2 else kwargs.get("norm_type", 2)) == 2
+        if not ended and euclidean and isinstance(norm, Tensor | float):
+            tell(norm)
+        return norm
+
+    undo = wrap(accelerator, "clip_grad_norm_", clip)
+
+    def end() -> None:
+        nonlocal ended
+        ended = True  # also where somebody has wrapped the method again, and goes on calling us
+        undo()
+
+    return end

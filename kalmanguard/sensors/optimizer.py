@@ -269,12 +269,12 @@ class OptimizerTap:
         if not gradients and self._agree is None:
             return
         before, self.clipped_from = self.clipped_from, None
-        if may_flag and self._skips_by_flag(optimizer, gradients):
+        if gradients and may_flag and self._skips_by_flag(optimizer, gradients):
             judged, set_flag = flag(optimizer, gradients, gate=self.gate, clip=self.clip, clipped_from=before)
             self._flagged[id(optimizer)] = (optimizer, set_flag)
             self._unread.append(judged)
             return
-        present = total_norm(gradients)
+        present = total_norm(gradients) if gradients else 0.0
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
@@ -285,8 +285,10 @@ class OptimizerTap:
             value = float(before)
         if self._agree is not None:
             value = self._agree(value)
+            if not gradients and value == 0.0:
+                return  # nor has any other process one
         verdict = self._note(value, self.gate, clip=self.clip and self._protect)
-        if verdict == "clipped":
+        if verdict == "clipped" and gradients:
             torch._foreach_mul_(gradients, min(1.0, self.gate / present))
         if verdict in (None, "clipped"):
             return
@@ -317,8 +319,6 @@ class OptimizerTap:
             unflag(*flagged)
 
     def _skips_by_flag(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool:
-        if not gradients:
-            return False
         device = gradients[0].device
         wanted = device.type != "cpu" if self._by_flag is None else self._by_flag
         wanted = wanted and all(g.device == device for g in gradients)

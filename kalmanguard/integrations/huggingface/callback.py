@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -15,20 +15,16 @@ from kalmanguard.integrations.huggingface.architecture import architecture
 from kalmanguard.integrations.huggingface.probing import probe_batches
 from kalmanguard.integrations.huggingface.saved import load_state, save_state
 from kalmanguard.integrations.huggingface.tap import TrainerTap, calling_trainer, torch_optimizer
-from kalmanguard.integrations.session import Session, settings_for_trainers
+from kalmanguard.integrations.session import Session, Supervised, settings_for_trainers
 from kalmanguard.integrations.tracking import Log
-from kalmanguard.records import Action, Decision
+from kalmanguard.records import Action
 from kalmanguard.settings import Settings
-from kalmanguard.supervisor import Supervisor
-
-if TYPE_CHECKING:
-    from kalmanguard.certificate.verify import Report
 
 #: Of the run folder in a Trainer's output folder; what begins so is not pushed to the hub.
 _FOLDER = "_kalmanguard"
 
 
-class KalmanGuardCallback(TrainerCallback):
+class KalmanGuardCallback(Supervised, TrainerCallback):
     """Supervise a Trainer's run: decisions, exact rollback, journal, certificate.
 
     ``Trainer(..., eval_dataset=held_out, callbacks=[KalmanGuardCallback()])`` is all there is to do. Every optimizer
@@ -97,21 +93,6 @@ class KalmanGuardCallback(TrainerCallback):
         self._probe_dataset, self._run_dir = probe_dataset, run_dir
         self._session = Session(settings_for_trainers(settings, "a Trainer"), loss_fn=loss_fn, keep=keep, logs=logs)
         self._tap: TrainerTap | None = None
-
-    @property
-    def supervisor(self) -> Supervisor | None:
-        """The supervisor of the present or last run; ``None`` before training."""
-        return self._session.supervisor
-
-    @property
-    def certificate(self) -> Report | None:
-        """Issued at the end of training; ``None`` before, or when it could not be."""
-        return self._session.certificate
-
-    @property
-    def decisions(self) -> tuple[Decision, ...]:
-        """What was decided in the present or last run: all that was not nominal, and the latest decisions."""
-        return self._session.decisions
 
     def on_train_begin(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kalmanguard.errors import ConfigurationError
-from kalmanguard.integrations.wrapping import wrap
+from kalmanguard.integrations.wrapping import tell_norms, wrap
 
 
 def calling_trainer(callback: object) -> tuple[Any, str | None]:
@@ -86,11 +86,11 @@ class TrainerTap:
     ) -> None:
         self._loss: Tensor | None = None
         self._batches: list[Any] = []
-        self._clipped_from, self._died = clipped_from, died
+        self._died = died
         self._closed = False
         self._undo = [
             wrap(trainer, "training_step", self._training_step),
-            wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm),
+            tell_norms(trainer.accelerator, clipped_from),
         ]
 
     def take(self) -> tuple[Tensor | None, Any]:
@@ -118,10 +118,3 @@ class TrainerTap:
             self._loss = part if self._loss is None else self._loss + part
         self._batches.append(kwargs["inputs"] if "inputs" in kwargs else args[1] if len(args) > 1 else None)
         return loss
-
-    def _clip_grad_norm(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        norm = method(*args, **kwargs)
-        euclidean = (args[2] if len(args) > 2 else kwargs.get("norm_type", 2)) == 2
-        if not self._closed and euclidean and isinstance(norm, Tensor | float):
-            self._clipped_from(norm)
-        return norm
