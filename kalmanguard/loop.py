@@ -129,11 +129,10 @@ class Loop:
             objective=self.objective,
             findings=self.attached.sense(self.step),
         )
-        if self._snapshot_failed:
-            measurement = dataclasses.replace(measurement, snapshot_failed=True)
-            self._snapshot_failed = False
-        if self.actuator.ring.braced == self.step - 1:
-            measurement = dataclasses.replace(measurement, braced=True)
+        failed, self._snapshot_failed = self._snapshot_failed, False
+        braced = self.actuator.ring.braced == self.step - 1
+        if failed or braced:
+            measurement = dataclasses.replace(measurement, snapshot_failed=failed, braced=braced)
         return measurement
 
     def _agree(self, replicas: Replicas, loss: Any) -> Measurement:
@@ -144,7 +143,7 @@ class Loop:
         except Exception as error:
             fault = error  # the others must hear of it before it goes on its way
         try:
-            measurement = replicas.agree(own, self.suite.position)
+            measurement = replicas.agree(own, self.suite.sketched)
         except KalmanguardError as error:
             raise error from fault
         if self.attached:
@@ -169,7 +168,8 @@ class Loop:
         # What each of them has now must not be captured: it is not the same.
         self._snapshot_failed = decision.orders.snapshot
         self.actuator.keep(dataclasses.replace(decision.orders, snapshot=False), decision.step)
-        certified = [slot.step for slot in self.state.ledger.slots if slot.certified and slot.step < self.step]
+        together = -1 if self.replicas is None else self.replicas.together
+        certified = [slot.step for slot in self.state.ledger.slots if slot.certified and slot.step <= together]
         held = [step for step in certified if step in self.actuator.ring.steps()]
         if self._reunited == self.step - 1 or not held:
             why = "no state that they had in common is left" if not held else "they differ again right after a restore"
@@ -253,9 +253,10 @@ class Loop:
             outcome = self.actuator.restore(target, action=action, rung=rung, manual=manual)
         except Exception as error:
             fault = error  # the others must hear of it before it goes on its way
-        if not self.replicas.smallest(int(outcome is not None)) or outcome is None:
+        told = self.replicas.outcomes(outcome)
+        if told is None:
             raise SnapshotError(f"a rank could not restore the state of step {target}") from fault
-        return outcome
+        return told
 
     def renew(self) -> None:
         """Forget what was learned, and what the ring holds."""
@@ -316,16 +317,19 @@ class Loop:
         Buffers are those of the end of the step before; the random streams have moved on by this step's forward pass,
         as they would in a rollback, which does not rewind them.
         """
-        self.actuator.ring.braced = None
-        if self.suite.tampered or self.step in self.actuator.ring.steps():
+        ring = self.actuator.ring
+        ring.braced = None
+        if self.step in ring.steps():
             return
         try:
             with self.suite.buffers.as_remembered() as known:
-                if known:
+                if known and not self.suite.tampered:
                     self.actuator.brace(self.step)
         except Exception as fault:
             what = f"the state of step {self.step} could not be captured: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)
+        if self.replicas is not None and not self.replicas.smallest(int(ring.braced is not None)):
+            ring.braced = None
 
     def _keep(self, decision: Decision) -> None:
         try:
@@ -333,10 +337,12 @@ class Loop:
             if decision.orders.certified and decision.level is not Level.SUSPECT:
                 self._checkpoint(decision.step)
         except Exception as fault:
-            # The engine must not count on a state that the ring does not hold.
-            self._snapshot_failed = decision.orders.snapshot and decision.step not in self.actuator.ring.steps()
             what = f"the snapshot of step {decision.step} failed: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)
+        if decision.orders.snapshot:
+            # The engine must not count on a state that the ring does not hold, of this rank or of another.
+            held = decision.step in self.actuator.ring.steps()
+            self._snapshot_failed = not (held if self.replicas is None else self.replicas.smallest(int(held)))
 
     def veto(self, drop: Callable[[], None]) -> None:
         """Carry a veto out: called in the middle of the step, before its update is applied."""

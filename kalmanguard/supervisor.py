@@ -50,7 +50,8 @@ from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.reevaluation import BatchLoss
-from kalmanguard.sensors.suite import SensorSuite
+from kalmanguard.sensors.shards import is_sharded
+from kalmanguard.sensors.suite import SensorSuite, trained_parameters
 from kalmanguard.settings import Settings
 from kalmanguard.snapshots.memory import slots_for
 from kalmanguard.snapshots.state import TrainingState
@@ -91,8 +92,7 @@ class Supervisor:
     Raises
     ------
     ConfigurationError
-        Something that cannot work: an empty probe loader, a loss that cannot be inferred, another model's optimizer,
-        sharded parameters.
+        Something that cannot work: an empty probe loader, a loss that cannot be inferred, another model's optimizer.
     RankError
         The ranks of a distributed run were given other settings, held-out examples or parameters.
     JournalError
@@ -188,15 +188,15 @@ class Supervisor:
     ) -> None:
         self.settings = chosen = _calibrated(Settings.of(settings))
         self.model: nn.Module = _inner(getattr(checked_model(model), "_orig_mod", model))
-        sharded = next((name for name, p in self.model.named_parameters() if hasattr(p, "device_mesh")), None)
-        if sharded is not None:
-            raise ConfigurationError(
-                f"The parameter {sharded!r} is sharded over processes (FSDP, tensor parallelism), which cannot be "
-                "supervised yet; DistributedDataParallel can."
-            )
         replicas = (
             Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size) if chosen.replicas else None
         )
+        sharded = any(is_sharded(p) for p in self.model.parameters())
+        if sharded and not chosen.replicas:
+            raise ConfigurationError(
+                "The parameters are sharded over processes (FSDP, tensor parallelism), and settings.replicas = False "
+                "would supervise each shard as if it were a model of its own: leave it at True."
+            )
         if replicas is not None:
             replicas.same(chosen.model_dump_json(), "settings")
         schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list) else [scheduler]
@@ -218,7 +218,7 @@ class Supervisor:
         )
         if replicas is not None:
             replicas.same(probe.digest, "probe")
-            probe.share(replicas.rank, replicas.size, replicas.gather)
+            probe.share(*replicas.parts_of_data(self.model), replicas.gather)
         recovery = chosen.recovery or Recovery.preset(chosen.ladder)
         own = weakref.ref(self)
         tap = OptimizerTap(
@@ -230,7 +230,7 @@ class Supervisor:
             before_step=lambda: _alive(own)._loop.suite.before_step(),  # noqa: PLW0108
             on_veto=None if recovery.vetoes_plainly else (lambda drop: _alive(own)._loop.veto(drop)),  # noqa: PLW0108
             on_brace=lambda: _alive(own)._loop.brace(),  # noqa: PLW0108
-            agree=None if replicas is None else replicas.largest,
+            agree=None if replicas is None else replicas.gradient,
         )
         self._extras: dict[str, Any] = {}
         try:
@@ -244,9 +244,17 @@ class Supervisor:
                 device="same" if chosen.snapshots_on == "device" else "host",
                 spill=self._spill_folder(),
             )
-            suite = SensorSuite(self.model, tap, size=chosen.sketch_size, seed=chosen.seed)
+            held = None if replicas is None else replicas.divide(trained_parameters(self.model))
+            suite = SensorSuite(
+                self.model,
+                tap,
+                size=chosen.sketch_size,
+                seed=chosen.seed,
+                parts=None if held is None else [part.parameters for part in held.parts],
+                total=None if held is None else held.total,
+            )
             if replicas is not None:
-                replicas.same(suite.fingerprint(), "set of parameters (settings.replicas = False, if that is meant)")
+                replicas.check(suite.positions())
             keeps = resume and (replicas is None or replicas.is_first)
             journal = JournalWriter.resume(Path(run_dir or ".")) if keeps else JournalWriter(self.run_dir)
             actuator = Actuator(
@@ -347,7 +355,8 @@ class Supervisor:
         norm
             What ``torch.nn.utils.clip_grad_norm_`` returns; on an accelerator it is not waited for here.
         """
-        self._loop.tap.clipped_from = norm
+        # Of shards, a norm may be left in parts, one on each rank.
+        self._loop.tap.clipped_from = norm.full_tensor() if isinstance(norm, Tensor) and is_sharded(norm) else norm
 
     def gradients_ready(self, optimizer: Optimizer) -> None:
         """Show the gradients of a step with a closure, ``optimizer.step(closure)``; call at the closure's end.

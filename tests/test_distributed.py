@@ -6,14 +6,13 @@ has recorded after every step (a rollback is exact or it is none).
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kalmanguard.distributed.agreement import REPLICAS, agreed, packed
+from kalmanguard.distributed.agreement import REPLICAS, Role, Sensed, Summary, settled
 from kalmanguard.errors import KalmanguardError, RankError
 from kalmanguard.records import Measurement
 from kalmanguard.replay import replay
@@ -26,59 +25,101 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
-def measured(**changes: object) -> Measurement:
-    given = {"step": 3, "loss": 1.0, "gradient_norm": 2.0, "velocity": np.ones(8), **changes}
-    return Measurement(**given)  # type: ignore[arg-type]
+def sensed(*, at: float = 1.0, moved: float | None = 1.0, decided: int = 5, **changes: object) -> Sensed:
+    given = {"step": 3, "loss": 1.0, "rounding_floor": 1e-9, "buffer_norm": 4.0, **changes}
+    measurement = Measurement(**given)  # type: ignore[arg-type]
+    return Sensed(measurement, decided, [np.full(8, at)], None if moved is None else [np.full(8, moved)], [1e-9])
 
 
-def table(*measurements: Measurement | None, positions: list[float] | None = None) -> np.ndarray:
-    where = positions or [1.0] * len(measurements)
-    return np.array([packed(m, np.full(8, p), 5.0, size=8) for m, p in zip(measurements, where, strict=True)])
+def summed(*ranks: Sensed | None, shards: bool = False) -> Measurement | None:
+    """What the sum says, in the order of the ranks and in the reverse: they must not differ in a bit."""
+    shared = () if shards else (len(ranks),)
+    vectors = []
+    for rank, item in enumerate(ranks):
+        role = Role(owned=shards or rank == 0, slot=None if shards else 0)
+        summary = Summary(ranks=len(ranks), roles=[role], shared=shared, size=8, scale=2.0**-40)
+        vectors.append(summary.vector(item))
+    own = next(item for item in ranks if item is not None).measurement
+    assert np.array_equal(sum(vectors), sum(reversed(vectors)))
+    return summary.agreed(np.sum(vectors, axis=0), own)
+
+
+def asked(*ranks: Sensed | None) -> Measurement:
+    own = next(item for item in ranks if item is not None).measurement
+    return settled([(item, [Role(owned=rank == 0, slot=0)]) for rank, item in enumerate(ranks)], own)
 
 
 def test_what_all_measure_alike_stays_as_it_is() -> None:
-    m = measured(veto=None, buffer_norm=4.0, rounding_floor=1e-9, lr_factor=0.5, braced=True)
-    found = agreed(table(m, m, m), m)
+    m = sensed(lr_factor=0.5)
+    found = summed(m, m, m)
+    assert found is not None
     assert found.velocity is not None
     assert found.velocity.tolist() == [1.0] * 8
-    for name in ("step", "loss", "gradient_norm", "buffer_norm", "rounding_floor", "lr_factor", "braced", "findings"):
-        assert getattr(found, name) == getattr(m, name), name
+    for name in ("step", "loss", "buffer_norm", "rounding_floor", "lr_factor", "findings"):
+        assert getattr(found, name) == pytest.approx(getattr(m.measurement, name)), name
+
+
+def test_what_shards_measure_is_added_up() -> None:
+    found = summed(sensed(moved=1.0), sensed(moved=0.1, at=7.0, loss=4.0, tampered=("moments",)), shards=True)
+    assert found is not None
+    assert found.velocity is not None
+    assert found.velocity == pytest.approx(np.full(8, 1.1), rel=1e-10)
+    assert (found.loss, found.tampered) == (2.5, ("moments",))
+    assert found.rounding_floor == pytest.approx(1e-9 * 2**0.5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        sensed(step=4),
+        sensed(decided=6),
+        sensed(at=np.nextafter(1.0, 2.0)),
+        sensed(loss=float("nan")),
+        sensed(learning_rates=(0.2,)),
+        None,
+    ],
+)
+def test_where_ranks_differ_each_is_asked(other: Sensed | None) -> None:
+    assert summed(sensed(), sensed(), other) is None
+
+
+def test_what_does_not_fit_into_the_sum_is_asked_for() -> None:
+    assert summed(sensed(), sensed(moved=1e30), shards=True) is None
+
+
+def test_a_step_without_velocities_or_with_parameters_that_are_no_numbers_has_no_velocity() -> None:
+    for other, finite in ((sensed(moved=None), True), (sensed(moved=None, parameters_finite=False), False)):
+        found = summed(sensed(), other)
+        assert found is not None
+        assert (found.velocity, found.parameters_finite) == (None, finite)
 
 
 def test_what_one_rank_suffers_is_not_averaged_away() -> None:
-    good = measured()
-    bad = measured(
-        loss=float("nan"), gradient_norm=9.0, velocity=np.full(8, 50.0), veto="nonfinite", snapshot_failed=True
-    )
-    bad = dataclasses.replace(bad, tampered=("silent moments",), learning_rates=(0.1, 0.9))
-    good = dataclasses.replace(good, tampered=("parameters",), learning_rates=(0.1, 0.2))
-    found = agreed(table(good, bad, good), good)
-    assert found.tampered == agreed(table(good, bad, good), bad).tampered == ("parameters", "silent moments")
+    good = sensed(tampered=("parameters",), learning_rates=(0.1, 0.2))
+    bad = sensed(loss=float("nan"), moved=50.0, tampered=("silent moments",), learning_rates=(0.1, 0.9))
+    found = asked(good, bad, good)
+    assert found.tampered == ("parameters", "silent moments")
     assert found.learning_rates == (0.1, 0.9)
     assert found.loss is not None
     assert np.isnan(found.loss)
-    assert (found.gradient_norm, found.veto, found.snapshot_failed) == (9.0, "nonfinite", True)
     assert found.velocity is not None
     assert found.velocity.tolist() == [50.0] * 8
 
 
 @pytest.mark.parametrize(("positions", "told"), [([1, 1, 2], "rank 2"), ([1, float("nan")], "ranks 0 and 1")])
 def test_replicas_that_differ_are_told(positions: list[float], told: str) -> None:
-    m = measured()
-    found = agreed(table(*[m] * len(positions), positions=positions), m)
+    found = asked(*(sensed(at=at) for at in positions))
     assert [item.detector for item in found.findings] == [REPLICAS]
     assert told in found.findings[0].message
 
 
 def test_ranks_that_went_apart_cannot_go_on() -> None:
     with pytest.raises(RankError, match=r"at steps \[3, 4\]"):
-        agreed(table(measured(), measured(step=4)), measured())
-    rows = table(measured(), measured())
-    rows[1, 1] = 6.0
+        asked(sensed(), sensed(step=4))
     with pytest.raises(RankError, match="Rank 1 has decided otherwise"):
-        agreed(rows, measured())
+        asked(sensed(), sensed(decided=6))
     with pytest.raises(KalmanguardError, match="rank 1 could not measure"):
-        agreed(table(measured(), None), measured())
+        asked(sensed(), None)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kalmanguard.sensors.shards import local, locals_of
+
 #: Elements of one tensor that are compared bit by bit at a step.
 _SLICE = 4096
 #: Steps from one comparison to the next.
@@ -47,7 +49,7 @@ class IntegritySensor:
 
     def remember(self, optimizers: Sequence[Optimizer]) -> None:
         """Note what the next step must start from; called when the step's work is done."""
-        self._versions = list(map(_VERSION, self._parameters))
+        self._versions = list(map(_VERSION, locals_of(self._parameters)))
         self._kept, self._moments = [], []
         if not self._parameters:
             return
@@ -55,7 +57,7 @@ class IntegritySensor:
         for optimizer in optimizers:
             for name, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.layout is torch.strided:
-                    self._moments.append((optimizer, parameter, name, value, value._version))
+                    self._moments.append((optimizer, parameter, name, value, local(value)._version))
         self._rest = (self._rest + 1) % _EVERY
         if self._rest:
             return
@@ -63,26 +65,26 @@ class IntegritySensor:
         kept.extend(
             ("second moments" if name in _SECOND_MOMENTS else "moments", value)
             for _, _, name, value, _ in self._moments
-            if value.numel() > 1
+            if local(value).numel() > 1
         )
         for name, tensor in kept:
             part = self._part(tensor)
             if part is not None:
-                self._kept.append((name, tensor, part, part.clone(), tensor._version))
+                self._kept.append((name, tensor, part, part.clone(), local(tensor)._version))
         self._advance(parameter)
 
     def check(self) -> tuple[str, ...]:
         """What has changed since `remember`, and was not the optimizer."""
         found: list[str] = []
-        if self._versions and list(map(_VERSION, self._parameters)) != self._versions:
+        if self._versions and list(map(_VERSION, locals_of(self._parameters))) != self._versions:
             found.append("parameters")
         for optimizer, parameter, name, tensor, version in self._moments:
-            if tensor._version != version or optimizer.state.get(parameter, {}).get(name) is not tensor:
+            if local(tensor)._version != version or optimizer.state.get(parameter, {}).get(name) is not tensor:
                 found.append("moments")
         for name, tensor, part, before, version in self._kept:
             if not torch.equal(part, before) and not _both_nan(part, before):
                 kind = "parameters" if name == "parameters" else "moments"
-                found.append(kind if tensor._version != version else f"silent {kind}")
+                found.append(kind if local(tensor)._version != version else f"silent {kind}")
             if name == "second moments" and not _sane(part, before):
                 found.append("moments")
         return tuple(dict.fromkeys(found))
@@ -94,10 +96,10 @@ class IntegritySensor:
     @property
     def cycle_steps(self) -> int:
         """Steps after which every slice of every parameter has been compared once."""
-        return _EVERY * sum(-(-p.numel() // _SLICE) for p in self._parameters)
+        return _EVERY * sum(-(-p.numel() // _SLICE) for p in locals_of(self._parameters))
 
     def _part(self, tensor: Tensor) -> Tensor | None:
-        detached = tensor.detach()
+        detached = local(tensor).detach()
         if not detached.is_contiguous():
             return None
         flat = detached.view(-1)
@@ -106,7 +108,7 @@ class IntegritySensor:
 
     def _advance(self, parameter: Tensor) -> None:
         self._slice += 1
-        if self._slice * _SLICE >= parameter.numel():
+        if self._slice * _SLICE >= local(parameter).numel():
             self._slice = 0
             self._turn = (self._turn + 1) % len(self._parameters)
 

@@ -21,6 +21,7 @@ from torch.optim import optimizer as hooks
 from kalmanguard.errors import BindError
 from kalmanguard.sensors.device_gate import Flagged, can_skip, flag, unflag
 from kalmanguard.sensors.norm import total_norm
+from kalmanguard.sensors.shards import locals_of
 
 
 class StepEffect(Protocol):
@@ -61,7 +62,8 @@ class OptimizerTap:
         by default on accelerators. Not while there is an ``on_veto``, which must know in time.
 
     agree
-        Given a gradient norm, returns the one that all processes judge by; the step waits for it.
+        Given the parameters that have a gradient, and the norm from before clipping if it is known, returns both norms
+        for the model of all processes; the step waits for it.
 
     Attributes
     ----------
@@ -97,7 +99,7 @@ class OptimizerTap:
         on_veto: Callable[[Callable[[], None]], None] | None = None,
         on_brace: Callable[[], None] | None = None,
         by_flag: bool | None = None,
-        agree: Callable[[float], float] | None = None,
+        agree: Callable[[list[Tensor], float | None], tuple[float, float | None]] | None = None,
     ) -> None:
         self._ids = {id(p) for p in parameters}
         self.optimizers: list[Optimizer] = []
@@ -203,9 +205,9 @@ class OptimizerTap:
         if self.paused or not self._bound(optimizer):
             return
         if id(optimizer) not in self._with_closure:
-            gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
-            if gradients:
-                self.clipped_from = total_norm(gradients)
+            trained = _with_gradient(optimizer)
+            if trained or self._agree is not None:
+                self.clipped_from = self._norms(trained, None)[0]
             return
         self._with_closure.discard(id(optimizer))
         self._judge(optimizer, may_flag=False)
@@ -265,28 +267,27 @@ class OptimizerTap:
         return norm > self.brace_norm or max(rates, default=0.0) > self.brace_rate
 
     def _judge(self, optimizer: Optimizer, *, may_flag: bool = True) -> None:
-        gradients = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
-        if not gradients and self._agree is None:
+        trained = _with_gradient(optimizer)
+        if not trained and self._agree is None:
             return
+        gradients = [g for p in trained if (g := p.grad) is not None]
         before, self.clipped_from = self.clipped_from, None
         if gradients and may_flag and self._skips_by_flag(optimizer, gradients):
             judged, set_flag = flag(optimizer, gradients, gate=self.gate, clip=self.clip, clipped_from=before)
             self._flagged[id(optimizer)] = (optimizer, set_flag)
             self._unread.append(judged)
             return
-        present = total_norm(gradients) if gradients else 0.0
+        present, told = self._norms(trained, None if before is None else float(before))
+        if not trained and present == 0.0:
+            return  # nor has any other process a gradient
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             # A fused optimizer under a GradScaler gets scaled gradients, and skips a non-finite step by itself.
             present /= float(scale)
         value = present
         # What is larger now than it was when clipped, or not a number, has become so since.
-        if before is not None and not math.isnan(present) and not float(before) <= present:
-            value = float(before)
-        if self._agree is not None:
-            value = self._agree(value)
-            if not gradients and value == 0.0:
-                return  # nor has any other process one
+        if told is not None and not math.isnan(present) and not told <= present:
+            value = told
         verdict = self._note(value, self.gate, clip=self.clip and self._protect)
         if verdict == "clipped" and gradients:
             torch._foreach_mul_(gradients, min(1.0, self.gate / present))
@@ -299,6 +300,12 @@ class OptimizerTap:
                     self._on_veto(drop)
             finally:
                 drop()
+
+    def _norms(self, trained: list[Tensor], told: float | None) -> tuple[float, float | None]:
+        """Norm of the present gradient, and that from before clipping, of the whole model."""
+        if self._agree is not None:
+            return self._agree(trained, told)
+        return total_norm(locals_of([g for p in trained if (g := p.grad) is not None])) if trained else 0.0, told
 
     def _note(self, value: float, gate: float, *, clip: bool) -> str | None:
         """Take a norm in; returns what it means for the step of its optimizer."""
@@ -353,6 +360,10 @@ class OptimizerTap:
             for p, gradient in stashed:
                 p.grad = gradient
         self.steps += 1
+
+
+def _with_gradient(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 #: Hooks that could not be removed yet: of taps that were closed or died in the middle of an optimizer's step.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import FloatArray, ProbeReading
 from kalmanguard.sensors import losses as L
+from kalmanguard.sensors.shards import is_fully_sharded, local, reshard
 from kalmanguard.sensors.trace import BufferGuard, evaluation_mode, random_streams_kept
 
 
@@ -61,13 +62,14 @@ class Probe:
         parameter = next(self._model.parameters(), None)
         if parameter is None:
             raise ConfigurationError("The model has no parameters; there is nothing to supervise.")
-        self.device = parameter.device
+        self.device = local(parameter).device
         self._guard = BufferGuard(self._model)
         with random_streams_kept(self.device):
             self._batches, self._fresh = _materialise(loader, examples, fresh, self.device)
         self.digest = _digest(self._batches)
-        self._share: tuple[int, int] | None = None
-        self._gather: Callable[[FloatArray | None], list[FloatArray]] | None = None
+        self._share = (0, 1)
+        self._gather: Callable[[FloatArray | None, int, int], list[FloatArray]] | None = None
+        self._sharded = is_fully_sharded(self._model)
         reading = self.read()
         if len(reading.losses) < 2:
             raise ConfigurationError(
@@ -75,18 +77,21 @@ class Probe:
             )
         self.size = len(reading.losses)
 
-    def share(self, rank: int, ranks: int, gather: Callable[[FloatArray | None], list[FloatArray]]) -> None:
-        """Evaluate this rank's part of the examples only, from now on, where the example is the unit.
+    def share(
+        self, part: int, parts: int, gather: Callable[[FloatArray | None, int, int], list[FloatArray]]
+    ) -> None:
+        """Evaluate one part of the examples only, from now on, where the example is the unit; else all of them.
 
         Parameters
         ----------
-        rank, ranks
-            Of this process, and how many there are.
+        part, parts
+            Number of this process's part, and how many there are; several processes may have the same one.
         gather
-            Given this rank's losses, or ``None`` when they could not be had, returns those of all ranks in order.
+            Given this process's losses, or ``None`` when they could not be had, and these two numbers, returns the
+            losses of each part.
         """
-        if self.size == sum(map(L.batch_size, self._batches)):
-            self._share, self._gather = (rank, ranks), gather
+        whole = self.size == sum(map(L.batch_size, self._batches))
+        self._share, self._gather = (part, parts) if whole else (0, 1), gather
 
     def shrink(self, size: int) -> None:
         """Evaluate the first ``size`` examples only, from now on; where parts are the unit, nothing changes."""
@@ -109,32 +114,43 @@ class Probe:
 
     def read(self) -> ProbeReading:
         """Measure the held-out losses now: shape ``(n,)``, float64."""
-        if self._share is None or self._gather is None:
+        if self._gather is None:
             return ProbeReading(self._evaluate(self._batches))
-        bounds = [_bounds(L.batch_size(batch), self._share[1]) for batch in self._batches]
-        rank, mine, fault = self._share[0], None, None
+        part, parts = self._share
+        bounds = [_bounds(L.batch_size(batch), parts) for batch in self._batches] if parts > 1 else []
+        mine, fault = None, None
         try:
-            parts = [
-                L.take(batch, edges[rank + 1] - edges[rank], edges[rank])
-                for batch, edges in zip(self._batches, bounds, strict=True)
-                if edges[rank + 1] > edges[rank]
-            ]
-            mine = self._evaluate(parts) if parts else np.zeros(0)
+            mine = self._evaluate_part(bounds, part) if bounds else self._evaluate(self._batches)
         except Exception as error:
             fault = error  # the others must hear of it before it goes on its way
         try:
-            gathered = self._gather(mine)
+            gathered = self._gather(mine, part, parts)
         except Exception as error:
             raise error from fault
-        # From the order of ranks to that of examples.
-        starts = [0] * len(gathered)
+        if not bounds:
+            return ProbeReading(gathered[0])
+        # From the order of parts to that of examples.
+        starts = [0] * parts
         losses: list[FloatArray] = []
         for edges in bounds:
-            for rank, part in enumerate(gathered):
-                count = edges[rank + 1] - edges[rank]
-                losses.append(part[starts[rank] : starts[rank] + count])
-                starts[rank] += count
+            for number, found in enumerate(gathered):
+                count = edges[number + 1] - edges[number]
+                losses.append(found[starts[number] : starts[number] + count])
+                starts[number] += count
         return ProbeReading(np.concatenate(losses))
+
+    def _evaluate_part(self, bounds: list[list[int]], part: int) -> FloatArray:
+        """Losses of one part of each batch, by as many forward passes in every process: a sharded one waits in each."""
+        counts = [edges[part + 1] - edges[part] for edges in bounds]
+        pieces = [
+            L.take(batch, max(count, 1), edges[part] if count else 0)
+            for batch, edges, count in zip(self._batches, bounds, counts, strict=True)
+        ]
+        losses, kept, at = self._evaluate(pieces), [np.zeros(0)], 0
+        for count in counts:
+            kept.append(losses[at : at + count])
+            at += max(count, 1)
+        return np.concatenate(kept)
 
     @property
     def fresh_left(self) -> int:
@@ -154,8 +170,12 @@ class Probe:
         return batches
 
     def _evaluate(self, batches: list[Any]) -> FloatArray:
-        with random_streams_kept(self.device), self._guard.kept(), evaluation_mode(self._model):
-            parts = [self._losses(batch) for batch in batches]
+        try:
+            with random_streams_kept(self.device), self._guard.kept(), evaluation_mode(self._model):
+                parts = [self._losses(batch) for batch in batches]
+        finally:
+            if self._sharded:
+                reshard(self._model)
         losses: FloatArray = torch.cat(parts).double().cpu().numpy()
         return losses
 
