@@ -146,7 +146,7 @@ class Loop:
             measurement = replicas.agree(own, self.suite.sketched)
         except KalmanguardError as error:
             raise error from fault
-        if self.attached:
+        if self.attached.expected:
             # Sensors of the user's may see what only one rank has.
             measurement = dataclasses.replace(measurement, findings=replicas.of_first(measurement.findings))
         if self._costs is None and self.step >= _COSTS_AT:

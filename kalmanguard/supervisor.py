@@ -50,7 +50,7 @@ from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.reevaluation import BatchLoss
-from kalmanguard.sensors.shards import is_sharded
+from kalmanguard.sensors.shards import is_sharded, locals_of
 from kalmanguard.sensors.suite import SensorSuite, trained_parameters
 from kalmanguard.settings import Settings
 from kalmanguard.snapshots.memory import slots_for
@@ -623,7 +623,9 @@ class Supervisor:
                 {"type": type(o).__name__, "learning_rates": [float(g["lr"]) for g in o.param_groups]}
                 for o in loop.tap.optimizers
             ],
-            "parameters_finite": all(bool(torch.isfinite(p).all()) for p in self.model.parameters()),
+            "parameters_finite": all(
+                bool(torch.isfinite(p).all()) for p in locals_of(list(self.model.parameters()))
+            ),
             "snapshot_bytes": loop.actuator.ring.nbytes,
             "first_error": loop.incidents.first,
             "environment": environment(),

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from kalmanguard import Settings, Supervisor
 from kalmanguard.models import load_plant
+from kalmanguard.models.vit import ViT
 from kalmanguard.sensors.shards import local
 
 from .rank_runs import FIXED, essence
@@ -64,14 +65,17 @@ def train(
     mode: str | None = "protect",
     faults: tuple[tuple[str, int, int], ...] = (),
     clip: float | None = None,
-    replay_from: int | None = None,
-    run_dir: bool = True,
+    again: int = 0,
+    small: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on digits; ``faults`` are (kind, rank, step)."""
+    """Train on digits; ``faults`` are (kind, rank, step); ``again`` runs the last so many steps twice."""
     warnings.simplefilter("ignore")
-    plant = load_plant("vit")(seed=0)
+    plant = load_plant("vit")(seed=0, batch_size=16 if small else 64)
     model, loss_fn = plant.model, nn.functional.cross_entropy
+    if small:
+        torch.manual_seed(0)
+        model = ViT(width=16, layers=1, heads=2)
     split = shard(model, layout, size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # Ranks that split a forward pass work on the same examples.
@@ -81,10 +85,16 @@ def train(
     if mode is not None:
         chosen = Settings(**{**FIXED, "mode": mode, "rank_timeout_s": 60.0, **settings})
         supervisor = Supervisor(
-            model, plant.probe_loader, optimizer=optimizer, settings=chosen, run_dir=folder / "run" if run_dir else None
+            model,
+            plant.probe_loader,
+            optimizer=optimizer,
+            settings=chosen.model_copy(update={"replay": bool(again)}),
+            loader=plant.loader,
+            run_dir=folder / "run",
         )
     states, decisions = [digest(model, optimizer)], []
-    for step in range(1, steps + 1):
+
+    def take(step: int) -> None:
         inputs, targets = next(plant.loader)
         piece = slice(len(targets) * part // parts, len(targets) * (part + 1) // parts)
         loss = loss_fn(model(inputs[piece]), targets[piece])
@@ -106,7 +116,20 @@ def train(
         if supervisor is not None:
             decisions.append(supervisor.update(loss))
         states.append(digest(model, optimizer))
-    found: dict[str, Any] = {"states": states, "decisions": [essence(decision) for decision in decisions]}
+
+    for step in range(1, steps + 1):
+        take(step)
+    found: dict[str, Any] = {"states": list(states), "decisions": [essence(decision) for decision in decisions]}
+    if supervisor is not None and again:
+        held = [int(slot["step"]) for slot in supervisor.statistics()["snapshots"]]
+        print(held)
+        first = max(step for step in held if step <= steps - again)
+        supervisor.rollback(first)
+        states.clear()
+        states.append(digest(model, optimizer))
+        for step in range(again):
+            take(steps + 1 + step)
+        found |= {"again": list(states), "from": first}
     if supervisor is not None:
         found["errors"] = supervisor.statistics()["errors"]
         found["certificate"] = [(claim.name, claim.status) for claim in supervisor.certificate().claims]

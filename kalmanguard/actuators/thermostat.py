@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from kalmanguard.actuators.rounding import round_stochastically
 from kalmanguard.errors import ConfigurationError
-from kalmanguard.sensors.arguments import checked_count, checked_model
+from kalmanguard.sensors.arguments import checked_count, whole_model
 from kalmanguard.sensors.spectrum.layers import MatrixLayer, matrix_layers
 from kalmanguard.sensors.spectrum.measures import top_singular
 
@@ -137,7 +137,7 @@ class SpectralThermostat:
         include: Callable[[str], bool] | None = None,
         seed: int = 0,
     ) -> None:
-        checked_model(model)
+        whole_model(model)
         checked_count("every", every)
         if not 0 < target <= 1:
             raise ConfigurationError(f"target = {target} is outside (0, 1]: it is a share of the present stable rank.")

@@ -22,7 +22,7 @@ from kalmanguard.forensics.report import Finding, Report, Severity, Trend
 from kalmanguard.forensics.samples import LayerSample, Sample
 from kalmanguard.forensics.updates import UpdateWatch, weight_sizes
 from kalmanguard.records import Evidence
-from kalmanguard.sensors.arguments import checked_count, checked_model
+from kalmanguard.sensors.arguments import checked_count, whole_model
 
 #: A finding that is not renewed stays for so many detection latencies.
 _HOLD = 2
@@ -96,7 +96,7 @@ class Forensics:
         checks: Sequence[Check] | None = None,
     ) -> None:
         checked_count("layers_per_step", layers_per_step)
-        self._model, self._every = checked_model(model), checked_count("every", every)
+        self._model, self._every = whole_model(model), checked_count("every", every)
         _check_optimizer(model, optimizer)
         self._layers = find_layers(model)
         if not self._layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kalmanguard.errors import ConfigurationError
+from kalmanguard.sensors.shards import is_sharded
 
 
 def checked_model(model: object) -> nn.Module:
@@ -24,6 +25,24 @@ def checked_model(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model is a {type(model).__name__}; pass the torch.nn.Module that is trained.")
     return model
+
+
+def whole_model(model: object) -> nn.Module:
+    """The model, if this process holds all of it.
+
+    Raises
+    ------
+    ConfigurationError
+        It is something else, or its parameters are sharded over processes.
+    """
+    known = checked_model(model)
+    sharded = next((name for name, p in known.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        raise ConfigurationError(
+            f"The parameter {sharded!r} is sharded over processes, and this reads whole parameters; the Supervisor "
+            "itself does without them."
+        )
+    return known
 
 
 def checked_count(name: str, value: object, least: int = 1) -> int:

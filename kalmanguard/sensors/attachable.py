@@ -44,10 +44,9 @@ class Attached:
     def __init__(self, report: Callable[[str, BaseException], None]) -> None:
         self._report = report
         self._sensors: list[Attachable] = []
+        #: Whether a sensor was ever attached, which all ranks know alike: one that raises is taken off on its own rank.
+        self.expected = False
         self._closed = False
-
-    def __bool__(self) -> bool:
-        return bool(self._sensors)
 
     def add(self, sensor: Attachable) -> None:
         """Ask ``sensor`` too from the next step on."""
@@ -63,6 +62,7 @@ class Attached:
         if callable(attach := getattr(sensor, "attach", None)):
             attach()
         self._sensors.append(sensor)
+        self.expected = True
 
     def remove(self, sensor: Attachable) -> None:
         """Ask it no more, and close it."""

@@ -13,7 +13,7 @@ from kalmanguard.detectors.damping import Damping, damping
 from kalmanguard.detectors.dynamics import Dynamics, DynamicsState
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import Evidence, FloatArray
-from kalmanguard.sensors.arguments import checked_count, checked_model
+from kalmanguard.sensors.arguments import checked_count, whole_model
 from kalmanguard.sensors.sketch import Sketch
 
 
@@ -65,7 +65,7 @@ class DampingMonitor:
         seed: int = 0,
     ) -> None:
         checked_count("size", size, least=8)
-        chosen = _chosen(checked_model(model), layers)
+        chosen = _chosen(whole_model(model), layers)
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         whole = layers if isinstance(layers, str) else "model" if layers is None else ", ".join(layers)
         for name, parameter in chosen:

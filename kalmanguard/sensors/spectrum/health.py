@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.records import Evidence
-from kalmanguard.sensors.arguments import checked_count, checked_model
+from kalmanguard.sensors.arguments import checked_count, whole_model
 from kalmanguard.sensors.spectrum.baseline import Baseline
 from kalmanguard.sensors.spectrum.layers import MatrixLayer, matrix_layers
 from kalmanguard.sensors.spectrum.measures import (
@@ -99,7 +99,7 @@ class SpectralHealth:
             checked_count(name, value, least=1 if name in ("every", "layers_per_measurement") else 8)
         if seed < 0:
             raise ConfigurationError(f"seed = {seed} is negative; use 0 or a positive number.")
-        self._layers = matrix_layers(checked_model(model))
+        self._layers = matrix_layers(whole_model(model))
         if not self._layers:
             raise ConfigurationError(
                 "The model has no dense floating-point parameter that can be read as a matrix of at least 4 x 4; "
