@@ -50,7 +50,7 @@ from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.reevaluation import BatchLoss
-from kalmanguard.sensors.shards import is_sharded, locals_of
+from kalmanguard.sensors.shards import is_sharded, locals_of, whole
 from kalmanguard.sensors.suite import SensorSuite, trained_parameters
 from kalmanguard.settings import Settings
 from kalmanguard.snapshots.memory import slots_for
@@ -356,7 +356,7 @@ class Supervisor:
             What ``torch.nn.utils.clip_grad_norm_`` returns; on an accelerator it is not waited for here.
         """
         # Of shards, a norm may be left in parts, one on each rank.
-        self._loop.tap.clipped_from = norm.full_tensor() if isinstance(norm, Tensor) and is_sharded(norm) else norm
+        self._loop.tap.clipped_from = whole(norm) if isinstance(norm, Tensor) else norm
 
     def gradients_ready(self, optimizer: Optimizer) -> None:
         """Show the gradients of a step with a closure, ``optimizer.step(closure)``; call at the closure's end.
@@ -623,9 +623,7 @@ class Supervisor:
                 {"type": type(o).__name__, "learning_rates": [float(g["lr"]) for g in o.param_groups]}
                 for o in loop.tap.optimizers
             ],
-            "parameters_finite": all(
-                bool(torch.isfinite(p).all()) for p in locals_of(list(self.model.parameters()))
-            ),
+            "parameters_finite": all(bool(torch.isfinite(p).all()) for p in locals_of(list(self.model.parameters()))),
             "snapshot_bytes": loop.actuator.ring.nbytes,
             "first_error": loop.incidents.first,
             "environment": environment(),
@@ -765,6 +763,8 @@ class Supervisor:
             loop.incidents.report(loop.step, f"the run could not be closed properly: {error}", error)
         finally:
             loop.actuator.close()
+            if loop.replicas is not None:
+                loop.replicas.close()
 
     def __enter__(self) -> Self:
         return self
@@ -920,6 +920,8 @@ class Supervisor:
         self._loop.attached.close()
         self._loop.journal.abandon()
         self._loop.actuator.close()
+        if self._loop.replicas is not None:
+            self._loop.replicas.close()
 
 
 class Pause:

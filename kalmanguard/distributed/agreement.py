@@ -89,7 +89,7 @@ class Summary:
         return self._velocity_at + self._size
 
     def vector(self, sensed: Sensed | None) -> FloatArray:
-        """This rank's share; ``None`` when it could not measure."""
+        """Give the share of this rank; ``None`` when it could not measure."""
         row = np.zeros(self.length)
         if sensed is None:
             return row

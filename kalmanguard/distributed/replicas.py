@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kalmanguard.distributed.agreement import REPLICAS, Role, Sensed, Summary, settled, short_digest
 from kalmanguard.distributed.holdings import Holdings, holdings
+from kalmanguard.distributed.lines import Lines
 from kalmanguard.errors import KalmanguardError, RankError
 from kalmanguard.records import Decision, FloatArray, Measurement, Outcome
 from kalmanguard.sensors.norm import total_norm
@@ -50,12 +51,13 @@ class Replicas:
     -----
     Every rank runs an engine of its own on one and the same measurement: what the ranks have measured is added up
     (`kalmanguard.distributed.agreement`), and a digest of what was decided goes along with the next one, so decisions
-    are identical by construction, and that is checked in every step. The exchange has a process group of its own
-    (gloo, on the processor), so it does not stand in the queue of the gradients. Cost per step: one sum of four numbers
-    before the optimizer steps, and one of about a hundred after it, both waited for: read a step late, a velocity would
-    be judged after the next step was taken on top of it. Only where the ranks differ in something is each of them asked
-    for what it has measured. Whatever goes wrong in an exchange is a `RankError` on every rank that is left, within the timeout; what one rank
-    alone cannot do (measure, probe, restore) is a fault of supervision on all of them.
+    are identical by construction, and that is checked in every step. Cost per step: one sum of three numbers before the
+    optimizer steps, and one of about a hundred after it, over lines of their own (`kalmanguard.distributed.lines`), so
+    they do not stand in the queue of the gradients. Both are waited for: read a step late, a velocity would be judged
+    when the next step was taken on top of it. All else that is told, which is little and rare, goes through a process
+    group of its own (gloo, on the processor); only where the ranks differ in something is each of them asked for what
+    it has measured. Whatever goes wrong in an exchange is a `RankError` on every rank that is left, within the
+    timeout; what one rank alone cannot do (measure, probe, restore) is a fault of supervision on all of them.
     """
 
     def __init__(self, *, timeout_s: float, sketch_size: int) -> None:
@@ -64,10 +66,19 @@ class Replicas:
         self._group = self._ask(
             "agree on a process group", lambda: dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         )
+        self._lines = Lines.laid(
+            self.rank,
+            self.size,
+            tell=self._told,
+            agree=lambda mine: bool(self.smallest(int(mine))),
+            timeout_s=timeout_s,
+        )
         self.holdings = Holdings([], (), 0)
         self.together = -1
         self._decided = 0
         self._holders: dict[int, int] = {}
+        self._roles: list[Role] = []
+        self._exponent = -(1 << 20)
         self._summary: Summary | None = None
 
     @classmethod
@@ -136,10 +147,9 @@ class Replicas:
             # Each of the ranks that hold the same adds its share, so that what one of them alone has is not lost.
             square += norm * norm / holders
         known = math.inf if told is None else told
-        row = [square, known * known, float(told is not None), float(len(parameters) > 0)]
-        value = torch.tensor([x if not math.isnan(x) else math.inf for x in row], dtype=torch.float64)
-        self._ask("compare gradients", lambda: dist.all_reduce(value, group=self._group))
-        present, before, those, _ = value.tolist()
+        row = [square, known * known, float(told is not None)]
+        value = np.array([x if not math.isnan(x) else math.inf for x in row])
+        present, before, those = self._added("compare gradients", value).tolist()
         return math.sqrt(present), math.sqrt(before / self.size) if those == self.size else None
 
     def agree(
@@ -163,14 +173,13 @@ class Replicas:
         """
         assert self._summary is not None  # `check` comes first
         sensed = None if measurement is None else self._sensed(measurement, sketched)
-        total = torch.from_numpy(self._summary.vector(sensed))
-        self._ask("compare what was measured", lambda: dist.all_reduce(total, group=self._group))
+        total = self._added("compare what was measured", self._summary.vector(sensed))
         # A rank that has not measured does not know what all the others know: that one is missing.
-        found = None if measurement is None else self._summary.agreed(total.numpy(), measurement)
+        found = None if measurement is None else self._summary.agreed(total, measurement)
         if found is None:
             told = self._told((sensed, self._roles))
             found = settled(told, measurement or Measurement(step=0))
-            self._scale([v for item, _ in told for v in item.velocities or ()])
+            self._scale([v for item, _ in told if item is not None for v in item.velocities or ()])
         if not any(item.detector == REPLICAS for item in found.findings):
             self.together = found.step
         return found
@@ -288,6 +297,21 @@ class Replicas:
                 scale=math.ldexp(1.0, wanted),
             )
 
+    def close(self) -> None:
+        """Hang up."""
+        if self._lines is not None:
+            self._lines.close()
+
+    def _added(self, what: str, row: FloatArray) -> FloatArray:
+        """The sum over all ranks."""
+        lines = self._lines
+        if lines is not None:
+            return self._ask(what, lambda: lines.add(row))
+        total = torch.from_numpy(row)
+        self._ask(what, lambda: dist.all_reduce(total, group=self._group))
+        found: FloatArray = total.numpy()
+        return found
+
     def _told(self, value: T) -> list[T]:
         """What every rank has, in their order; plain values of our own only."""
         held: list[Any] = [None] * self.size
@@ -309,7 +333,7 @@ class Replicas:
     def _ask(self, what: str, collective: Callable[[], T]) -> T:
         try:
             return collective()
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise RankError(
                 f"Rank {self.rank} of {self.size} could not {what} with the others within {self._timeout_s:g} s: one "

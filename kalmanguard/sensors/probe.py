@@ -77,9 +77,7 @@ class Probe:
             )
         self.size = len(reading.losses)
 
-    def share(
-        self, part: int, parts: int, gather: Callable[[FloatArray | None, int, int], list[FloatArray]]
-    ) -> None:
+    def share(self, part: int, parts: int, gather: Callable[[FloatArray | None, int, int], list[FloatArray]]) -> None:
         """Evaluate one part of the examples only, from now on, where the example is the unit; else all of them.
 
         Parameters

@@ -68,6 +68,14 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one every process must ask for it."""
+    if not is_sharded(tensor):
+        return tensor
+    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
 def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """`local` of each, at no cost where none is sharded."""
     return [local(t) for t in tensors] if any(type(t) not in _PLAIN for t in tensors) else tensors
@@ -103,7 +111,7 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 def data_mesh(model: nn.Module) -> Tensor | None:
-    """Ranks that FSDP2 spreads the model over, this one's, which get different data; ``None`` where that is not known."""
+    """The ranks that FSDP2 spreads the model over with this one, each with data of its own; ``None`` if not known."""
     found: list[Tensor] = []
     for module in _fsdp_modules(model):
         state = module._get_fsdp_state()

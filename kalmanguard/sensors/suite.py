@@ -65,7 +65,8 @@ class SensorSuite:
         total: int | None = None,
     ) -> None:
         trained = trained_parameters(model)
-        self._sketches = [Sketch(part, size=size, seed=seed, total=total) for part in ([trained] if parts is None else parts)]
+        whole = [trained] if parts is None else parts
+        self._sketches = [Sketch(part, size=size, seed=seed, total=total) for part in whole]
         self._size = size
         self._tap = tap
         self.stride = 1
