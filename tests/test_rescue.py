@@ -77,3 +77,36 @@ def test_without_a_run_folder_the_note_names_no_place() -> None:
     (note,) = caught.value.__notes__
     assert "after step 3" in note
     assert "resume" not in note
+
+
+def test_an_overwritten_weight_that_no_probe_sees_is_undone_although_the_step_was_dropped() -> None:
+    """A feature that only the batch of step 90 has: its weight, made huge, shows in one gradient and in no probe."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(7, 1, generator=generator)
+
+    def draw(count: int, rare: float) -> tuple[torch.Tensor, torch.Tensor]:
+        known = torch.randn(count, 7, generator=generator)
+        target = known @ truth + 0.1 * torch.randn(count, 1, generator=generator)
+        return torch.cat([known, torch.full((count, 1), rare)], dim=1), target
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    # A budget that lets the sketch be taken at every step, however small the model.
+    settings = {"probe_every": 5, "budget": 0.5}
+    with Supervisor(
+        model, [draw(128, 0.0)], optimizer=optimizer, loss_fn=torch.nn.functional.mse_loss, settings=settings
+    ) as supervisor:
+        for step in range(1, 101):
+            inputs, target = draw(32, float(step == 90))
+            if step == 90:
+                with torch.no_grad():
+                    model.weight[0, 7] = 1e15
+            torch.nn.functional.mse_loss(model(inputs), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            decision = supervisor.update()
+            if step == 90:
+                assert decision.rolled_back, decision.reason
+                assert "in a step that was dropped" in decision.reason
+    assert float(model.weight.detach().abs().max()) < 10.0

@@ -73,8 +73,11 @@ class Policy:
             return "" if observed else "a parameter is not finite"
         if not ledger.warm:
             return self._stuck(ledger, m)
-        if OVERWRITE in m.tampered and any(item.detector in ("gain", "trajectory") for item in evidence):
-            return "one step has moved the parameters by more than ten times their whole norm"
+        if OVERWRITE in m.tampered:
+            if m.veto in ("nonfinite", "explosion"):
+                return "the parameters have moved by more than ten times their whole norm in a step that was dropped"
+            if any(item.detector in ("gain", "trajectory") for item in evidence):
+                return "one step has moved the parameters by more than ten times their whole norm"
         changed = edits(m)
         if changed and all(t.startswith("silent") for t in changed) and ledger.tampered <= 1:
             return f"{' and '.join(t.removeprefix('silent ') for t in changed)} changed without an optimizer step"

@@ -148,6 +148,8 @@ class Attachment:
         if late and not (len(args) > 1 or kwargs.get("closure")):
             for tap in self._taps:  # neither batch nor forward pass was seen: the gradients are there already
                 tap.corrupt_now()
+        for tap in self._taps:
+            tap.corrupt_unseen()
         self._restore_rates()
         self._apply_rates(step)
 

@@ -165,6 +165,16 @@ def matching(model: nn.Module, match: str | None, *, trainable: bool = False) ->
     return found
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that is sharded over several, in the same memory; else the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    if to_local is None:
+        return tensor
+    with torch.no_grad():
+        part: Tensor = to_local()
+    return part
+
+
 def require_pattern(match: str | None) -> None:
     """Refuse what is not a regular expression."""
     if match is not None:

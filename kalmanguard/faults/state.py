@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kalmanguard.errors import ConfigurationError
-from kalmanguard.faults.fault import Details, StateFault, matching, require_pattern, require_positive
+from kalmanguard.faults.fault import Details, StateFault, held, matching, require_pattern, require_positive
 from kalmanguard.faults.moments import Which, find_moments, require_moments
 
 Target = Literal["parameter", "moment", "first_moment", "second_moment"]
@@ -23,7 +23,7 @@ _MOMENTS: dict[Target, Which] = {"moment": "both", "first_moment": "first", "sec
 class BitFlip(StateFault):
     """One bit of one element of a parameter or of an optimizer moment flips, as in faulty memory.
 
-    The element is drawn uniformly over all matching tensors. Bits count from 0, the last of the mantissa; ``None``
+    The element is drawn uniformly over all matching tensors, of sharded ones over what this process holds. Bits count from 0, the last of the mantissa; ``None``
     is the highest bit of the exponent (30 in float32, 14 in float16 and bfloat16, 62 in float64).
     """
 
@@ -69,10 +69,10 @@ class BitFlip(StateFault):
     def _candidates(self, model: nn.Module, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
         parameters = matching(model, self.match)
         if self.target == "parameter":
-            return [(name, parameter.detach()) for name, parameter in parameters]
+            return [(name, held(parameter.detach())) for name, parameter in parameters]
         prefixes = tuple(f"{name}." for name, _ in parameters)
         return [
-            (name, tensor)
+            (name, held(tensor))
             for name, tensor in find_moments(model, optimizer, _MOMENTS[self.target])
             if name.startswith(prefixes)
         ]

@@ -45,6 +45,13 @@ class GradientTap:
                 parameter.grad = self.fault.corrupt(parameter.grad)
                 self._hit[id(parameter)] = parameter
 
+    def corrupt_unseen(self) -> None:
+        """Corrupt gradients of sharded parameters that came without a backward hook: FSDP2 sets them itself."""
+        for parameter in self._targets:
+            if parameter.grad is not None and id(parameter) not in self._hit and hasattr(parameter, "to_local"):
+                parameter.grad = self.fault.corrupt(parameter.grad)
+                self._hit[id(parameter)] = parameter
+
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
