@@ -32,6 +32,7 @@ from benchmarks.ranks import Ranks
 from benchmarks.real_curves import RealCurves
 from benchmarks.recovery import Recovery
 from benchmarks.replica import Replica
+from benchmarks.scaling import Scaling
 from benchmarks.sketch import SketchBenchmark as Sketch
 from benchmarks.snapshots import Snapshots
 from benchmarks.spectrum import Spectrum
@@ -51,6 +52,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Offline(),
     Cost(),
     Ranks(),
+    Scaling(),
     Sketch(),
     ProbeClock(),
     Snapshots(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ class Ranks(Benchmark):
         seeds = range(options.seeds or (1 if options.quick else 3))
         # In turns, so that a busy minute of the machine meets all numbers of ranks alike.
         timed = [
-            {"recipe": recipe, "ranks": ranks, "steps": steps, **_timed(recipe, steps, seed, ranks)}
+            {"recipe": recipe, "ranks": ranks, "steps": steps, **timed(recipe, steps, seed, ranks)}
             for recipe, steps in runs
             for seed in seeds
             for ranks in options.ranks
@@ -65,7 +66,8 @@ class Ranks(Benchmark):
         ])  # fmt: skip
 
 
-def _timed(recipe: str, steps: int, seed: int, ranks: int) -> Result:
+def timed(recipe: str, steps: int, seed: int, ranks: int) -> Result:
+    """Seconds of rank 0's steps, all together and of the median one, bare and supervised."""
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,10 +95,8 @@ def _rank(rank: int, ranks: int, recipe: str, steps: int, seed: int, folder: str
         models["supervised"], flown.probe_loader, optimizer=flown.optimizers, loss_fn=probe_loss(flown),
         run_dir=Path(folder) / "run",
     )  # fmt: skip
-    totals = dict.fromkeys(plants, 0.0)
+    times: dict[str, list[float]] = {name: [] for name in plants}
     for step in range(_DISCARDED + steps):
-        if step == _DISCARDED:
-            totals = dict.fromkeys(plants, 0.0)
         for name in ("bare", "supervised") if step % 2 else ("supervised", "bare"):
             plant = plants[name]
             inputs, targets = next(plant.loader)
@@ -107,10 +107,14 @@ def _rank(rank: int, ranks: int, recipe: str, steps: int, seed: int, folder: str
             plant.step()
             if name == "supervised":
                 supervisor.update(loss)
-            totals[name] += time.perf_counter() - started
+            if step >= _DISCARDED:
+                times[name].append(time.perf_counter() - started)
     numbers = supervisor.statistics()
     supervisor.close()
     if rank == 0:
-        queue.put({f"{name}_s": seconds for name, seconds in totals.items()} | {"probe_every": numbers["probe_every"]})
+        found: Result = {"probe_every": numbers["probe_every"]}
+        for name, seconds in times.items():
+            found |= {f"{name}_s": sum(seconds), f"{name}_median_s": statistics.median(seconds)}
+        queue.put(found)
     if ranks > 1:
         dist.destroy_process_group()
