@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from kalmanguard.distributed.parts import Part, live_parts, numbered, part_of
-from kalmanguard.distributed.storage import Piece, ShardReader
+from kalmanguard.distributed.planning import Piece
+from kalmanguard.distributed.storage import ShardReader
 from kalmanguard.errors import SnapshotError
 from kalmanguard.snapshots.checkpoint import SHARDED_FORMAT, VERSION, check_format
 from kalmanguard.snapshots.codec import decode, encode
@@ -22,6 +24,8 @@ from kalmanguard.snapshots.digest import tensor_digest
 from kalmanguard.snapshots.files import inside, read_json
 from kalmanguard.snapshots.rng import RandomState
 
+#: By name, the type of a tensor and the part of it that a rank holds.
+Boxes = dict[str, tuple[str, Part]]
 #: What must be the same whichever ranks load it; of the rest (buffers, random streams, cursors) each rank has its own.
 _ONE_FOR_ALL: Final = ("tree/state/", "tree/gradients/")
 
@@ -58,25 +62,34 @@ class Content:
             **dict(zip(names, tensors, strict=True)),
             **{f"arrays/{key}": array for key, array in encoded.items() if not key.startswith("t")},
         }
+        # Of a tensor without known placement, this rank holds a whole.
         self._parts = {
             name: parts[name]
-            for name, tensor in self._tensors.items()
             if name in parts and parts[name].sizes == tuple(tensor.shape)
+            else Part.whole(tensor.shape)
+            for name, tensor in self._tensors.items()
+        }
+        self._distributed = frozenset(name for name in self._tensors if self._parts[name] is parts.get(name))
+
+    def boxes(self) -> Boxes:
+        """By name, the type of each tensor and which part of the whole is here."""
+        return {
+            name: (str(tensor.dtype), self._parts[name])
+            for name, tensor in self._tensors.items()
+            if not self._parts[name].nothing
         }
 
-    def digests(self) -> dict[str, bytes]:
-        """SHA-256 digests of what is no part of a whole, to be compared between the ranks."""
-        return {name: tensor_digest(tensor) for name, tensor in self._tensors.items() if name not in self._parts}
+    def digests(self, names: Collection[str]) -> dict[str, bytes]:
+        """SHA-256 digests of some tensors."""
+        return {name: tensor_digest(self._tensors[name]) for name in names if name in self._tensors}
 
-    def pieces(self, digests: Sequence[Mapping[str, bytes]], rank: int) -> tuple[dict[str, Piece], str]:
+    def pieces(self, own: Collection[str], rank: int) -> tuple[dict[str, Piece], str]:
         """Name everything for the checkpoint.
-
-        What is no part of a whole is stored once where all ranks hold the same bytes (replicas), else for each rank.
 
         Parameters
         ----------
-        digests
-            `digests` of all ranks.
+        own
+            Names of what each rank stores for itself; see `differing`.
         rank
             Of this process.
 
@@ -85,20 +98,48 @@ class Content:
         tuple
             Pieces by name, and the text of `content_file`.
         """
-        stored = {}
-        for name in self._tensors:
-            alike = name in self._parts or all(other.get(name) == digests[rank][name] for other in digests)
-            stored[name] = name if alike else f"rank-{rank}/{name}"
+        stored = {name: f"rank-{rank}/{name}" if name in own else name for name in self._tensors}
         pieces = {
-            stored[name]: Piece(tensor, self._parts.get(name) or Part.whole(tensor.shape))
+            stored[name]: Piece(tensor, Part.whole(tensor.shape) if name in own else self._parts[name])
             for name, tensor in self._tensors.items()
         }
         table = {
-            key: {"name": stored[name], "distributed": name in self._parts, "path": name}
+            key: {"name": stored[name], "path": name, "distributed": name in self._distributed}
             for key, name in self._names.items()
         }
         data = {"format": SHARDED_FORMAT, "version": VERSION, "content": json.loads(self._text), "tensors": table}
         return pieces, json.dumps(data)
+
+
+def held_twice(boxes: Sequence[Boxes]) -> set[str]:
+    """Names of which several ranks hold the same part, as replicas do; given the boxes of all ranks."""
+    count = Counter((name, box) for held in boxes for name, box in held.items())
+    return {name for (name, _), ranks in count.items() if ranks > 1}
+
+
+def differing(held: Sequence[tuple[Boxes, Mapping[str, bytes]]]) -> set[str]:
+    """Names that do not mean the same on all ranks, so that each must store its own.
+
+    Either the wholes are of different shape or type, or ranks that hold the same part hold different bytes of it:
+    running statistics, random streams, cursors, or parameters of models that only share their names. Without this a
+    part that is held twice would be stored once, whatever the others hold.
+
+    Parameters
+    ----------
+    held
+        Boxes and digests of all ranks.
+    """
+    wholes: dict[str, object] = {}
+    bytes_of: dict[object, bytes] = {}
+    found = set()
+    for boxes, digests in held:
+        for name, (dtype, part) in boxes.items():
+            alike = wholes.setdefault(name, (dtype, part.shape)) == (dtype, part.shape)
+            if name in digests:
+                alike &= bytes_of.setdefault((name, part), digests[name]) == digests[name]
+            if not alike:
+                found.add(name)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,11 +199,14 @@ def read_content(
             raise SnapshotError(f"{path} is damaged: it names {name!r}, which the checkpoint does not hold.")
         if name != where and not same and (where.startswith(_ONE_FOR_ALL) or "/parameters/" in where):
             raise SnapshotError(
-                f"{where} was not sharded and yet not the same on the {reader.ranks} ranks that saved it, so it can be "
-                f"loaded on {reader.ranks} ranks only, and this run has {size}."
+                f"{where} was not the same on the {reader.ranks} ranks that saved it, so it can be loaded on "
+                f"{reader.ranks} ranks only, and this run has {size}."
             )
         shape = tuple(stored.size)
-        part, spread = homes.part(where, shape, was_distributed)
+        if name != where:
+            part, spread = Part.whole(shape), was_distributed
+        else:
+            part, spread = homes.part(where, shape, was_distributed)
         if spread:
             distributed.add(where)
         if part.shape != shape:

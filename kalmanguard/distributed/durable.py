@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
 from kalmanguard.distributed.content import Loaded, create_state
-from kalmanguard.distributed.parts import Part, live_parts
+from kalmanguard.distributed.jobs import Job, JobQueue
+from kalmanguard.distributed.parts import live_parts
 from kalmanguard.distributed.peers import Peers
 from kalmanguard.distributed.sharded_checkpoint import REQUIRED, read_sharded, write_sharded
+from kalmanguard.distributed.shared_folder import share_folder
 from kalmanguard.errors import ConfigurationError, RankError, SnapshotError
 from kalmanguard.snapshots.checkpoint import MANIFEST, SHARDED_FORMAT
 from kalmanguard.snapshots.disk import detached
@@ -26,23 +26,6 @@ from kalmanguard.snapshots.slot import Slot
 from kalmanguard.snapshots.state import TrainingState
 
 __all__ = ["ANCHOR", "ShardedStore"]
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One call of `save`, with a copy of the state that nobody else touches.
-
-    ``refusal`` says why there is none; it is empty where the store was frozen.
-    """
-
-    number: int
-    step: int
-    clean: bool
-    source: Slot | Any = None
-    meta: Any = None
-    parts: Mapping[str, Part] | None = None
-    model_saver: Callable[[Path], None] | None = None
-    refusal: str | None = None
 
 
 @final
@@ -84,12 +67,7 @@ class ShardedStore:
     anchor names a checkpoint that is complete for all ranks.
 
     *What is next.* At most one checkpoint is being written and one is waiting; a newer one takes the place of the one
-    that waits. Background threads do not run at the same speed, so what waits differs between ranks. They agree by the
-    number of the call of `save`: each offers the one that it holds, which thereby can no longer be replaced; if all
-    have offered the same, it is written, else all that have offered an older one than the newest give theirs up,
-    wait for one at least as new, and offer again. Each further round takes a call of `save` that was not offered yet,
-    and the last one is never replaced on any rank, so they always come to an agreement, at the last one at the latest.
-    Rank 0 cannot choose alone: it might choose one that another rank has replaced already.
+    that waits, and all ranks agree on which one is next (`JobQueue`).
 
     *What goes wrong.* `save` never raises for the disk or for another rank: what one rank meets is `last_error` on all,
     and the checkpoint before it stays. A rank that dies costs the others nothing but further checkpoints: `last_error`
@@ -117,18 +95,10 @@ class ShardedStore:
         self._rotation = Rotation(self.folder, slots, kind=SHARDED_FORMAT, required=REQUIRED)
         self._front = Peers(timeout_s=timeout_s)  # for the training thread
         self._peers = Peers(timeout_s=timeout_s)  # for the background thread
-        self._share_folder()
+        share_folder(self.folder, self._front)
         self.last_error: Exception | None = None
-        self._changed = threading.Condition()
+        self._jobs = JobQueue(self._peers)
         self._committing = threading.Lock()
-        self._pending: _Job | None = None
-        self._writing = False
-        self._frozen = False
-        self._closed = False
-        self._broken = False
-        self._count = 0
-        self._dropped = 0
-        self._staging: list[Slot] = []
         self._sequence: int | None = None
         self._worker: threading.Thread | None = None
 
@@ -173,17 +143,11 @@ class ShardedStore:
             False when the store is frozen or closed, a rank has been lost, or the state could not be copied (see
             `last_error`).
         """
-        with self._changed:
-            if self._closed or self._broken:
-                return False
-            self._count += 1
-            job = _Job(self._count, step, clean, model_saver=model_saver)
-            # The one that waits is given up first: its buffers hold the newer one.
-            self._retire(self._pending)
-            self._pending = None
-            staging = self._staging.pop() if self._staging else None
-        if self._frozen:
-            job.refusal = ""  # ranks that are not frozen, against the rules, must not wait for this one
+        if not self._jobs.open:
+            return False
+        job, staging = self._jobs.number(step, clean, model_saver)
+        if self._jobs.frozen:
+            job.refusal = ""
         else:
             try:
                 job.parts = live_parts(self._state.modules, self._state.optimizers)
@@ -192,11 +156,7 @@ class ShardedStore:
             except Exception as error:
                 self.last_error = error
                 job.refusal = f"{type(error).__name__}: {error}"
-        with self._changed:
-            if self._broken:
-                return False
-            self._pending = job
-            self._changed.notify_all()
+        self._jobs.put(job)
         if self._worker is None:
             self._worker = threading.Thread(target=self._run, name="kalmanguard-checkpoint", daemon=True)
             self._worker.start()
@@ -205,39 +165,32 @@ class ShardedStore:
     @property
     def frozen(self) -> bool:
         """Whether nothing is overwritten at present."""
-        return self._frozen
+        return self._jobs.frozen
 
     def freeze(self) -> None:
         """Keep what is on disk: drop what waits or is being written, refuse new checkpoints until `thaw`."""
-        with self._changed:
-            self._frozen = True
-            self._dropped = self._count
+        self._jobs.freeze()
         with self._committing:  # a checkpoint that is being renamed into place is the last one
             pass
 
     def thaw(self) -> None:
         """Accept checkpoints again."""
-        with self._changed:
-            self._frozen = False
+        self._jobs.frozen = False
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything accepted is on disk or has failed; return False when the time was not enough.
 
         What this rank has accepted is written once the other ranks have come as far.
         """
-        with self._changed:
-            return self._changed.wait_for(lambda: self._pending is None and not self._writing, timeout_s)
+        return self._jobs.wait(timeout_s)
 
     def close(self, timeout_s: float | None = 60.0) -> bool:
         """Write what is waiting, then stop the thread; return whether all was done in time."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         done = self.flush(timeout_s)
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._jobs.close()
         if self._worker is not None:
             self._worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        self._staging.clear()
         return done
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -319,107 +272,27 @@ class ShardedStore:
 
     # -- the background thread's side ------------------------------------------------------------------------------
 
-    def _share_folder(self) -> None:
-        """Check that all ranks can write to one and the same folder."""
-
-        def write() -> str | None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                file = tempfile.NamedTemporaryFile(dir=self.folder, prefix=".ranks-", delete=False)  # noqa: SIM115
-            except OSError as error:
-                raise SnapshotError(
-                    f"The checkpoint folder {self.folder} cannot be written to: {error.strerror}. Choose another."
-                ) from error
-            file.close()
-            written.append(Path(file.name))
-            return written[0].name
-
-        def look() -> None:
-            if not all((self.folder / name).exists() for name in names if name):
-                raise SnapshotError(
-                    f"The checkpoint folder {self.folder} is not the same one on all ranks: choose one on a file system "
-                    "that all of them see."
-                )
-
-        written: list[Path] = []
-        try:
-            names = self._front.gather("share a checkpoint folder", self._front.all("share a checkpoint folder", write))
-            self._front.all("share a checkpoint folder", look)
-        finally:
-            for path in written:
-                path.unlink(missing_ok=True)
-
-    def _retire(self, job: _Job | None) -> None:
-        """Keep a job's buffers for the next copy."""
-        if job is not None and isinstance(job.source, Slot):
-            self._staging.append(job.source)
-            job.source = None
-
     def _run(self) -> None:
         while True:
-            job = self._take(at_least=0)
-            if job is None:
-                return
+            job: Job | None = None
             error: Exception | None = None
             try:
-                job, refusal = self._agreed(job)
+                found = self._jobs.next()
+                if found is None:
+                    return
+                job, refusal = found
                 if refusal:
                     raise SnapshotError(refusal)
                 if refusal is None:
                     self._write(job)
             except Exception as failure:
                 error = failure
-            with self._changed:
-                self.last_error = error
-                self._retire(job)
-                self._writing = False
-                if isinstance(error, RankError):
-                    self._broken, self._pending = True, None
-                self._changed.notify_all()
-            if self._broken:
-                return
+            self.last_error = error
+            if isinstance(error, RankError):
+                self._jobs.close()
+            self._jobs.done(job)
 
-    def _take(self, *, at_least: int) -> _Job | None:
-        """Wait for the newest job, of a number that is not less than given; ``None`` when there will be none."""
-
-        def due() -> bool:
-            return self._closed or (self._pending is not None and self._pending.number >= at_least)
-
-        with self._changed:
-            self._changed.wait_for(due)
-            job, self._pending = self._pending, None
-            self._writing = job is not None
-            return job
-
-    def _agreed(self, job: _Job) -> tuple[_Job, str | None]:
-        """The job that all ranks write next, and why it is not written after all: see Notes of the class."""
-        while True:
-            offer = (job.number, job.step, self._refusal(job))
-            offers = self._peers.gather("agree on the next checkpoint", offer)
-            newest = max(number for number, _, _ in offers)
-            if all(number == newest for number, _, _ in offers):
-                break
-            if job.number < newest:
-                with self._changed:
-                    self._retire(job)
-                later = self._take(at_least=newest)
-                if later is None:
-                    raise RankError(
-                        f"Rank {self._peers.rank} was closed before it had saved as often as the others: every rank "
-                        "must call save() alike."
-                    )
-                job = later
-        if len({step for _, step, _ in offers}) > 1:
-            steps = [step for _, step, _ in offers]
-            raise RankError(f"The ranks save different steps, {steps}: every rank must save the same ones.")
-        refusals = [(rank, refusal) for rank, (_, _, refusal) in enumerate(offers) if refusal is not None]
-        told = next((f"Rank {rank}: {text}" for rank, text in refusals if text), "" if refusals else None)
-        return job, told
-
-    def _refusal(self, job: _Job) -> str | None:
-        return "" if job.refusal is None and job.number <= self._dropped else job.refusal
-
-    def _write(self, job: _Job) -> None:
+    def _write(self, job: Job) -> None:
         temporary, first = self._rotation.temporary, self._peers.is_first
 
         def prepare() -> None:
@@ -448,7 +321,7 @@ class ShardedStore:
                 with contextlib.suppress(OSError):
                     remove(temporary)
 
-    def _commit(self, job: _Job, digest: str) -> None:
+    def _commit(self, job: Job, digest: str) -> None:
         """Rename the checkpoint into place, if no rank has been frozen meanwhile."""
 
         def rename() -> None:
@@ -458,7 +331,7 @@ class ShardedStore:
 
         # Held until rank 0 is done, on every rank: after freeze() nothing on the disk changes.
         with self._committing:
-            if any(self._peers.gather("commit a checkpoint", job.number <= self._dropped)):
+            if any(self._peers.gather("commit a checkpoint", self._jobs.void(job))):
                 return
             self._peers.all("commit a checkpoint", rename)
         if self._peers.is_first:

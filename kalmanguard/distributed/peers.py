@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from kalmanguard.errors import RankError, SnapshotError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -69,6 +70,22 @@ class Peers:
         found: list[Any] = [None] * self.size
         self.ask(what, lambda: dist.all_gather_object(found, value, group=self.group))
         return cast("list[T]", found)
+
+    def judged(self, what: str, value: S, judge: Callable[[list[S]], T]) -> T:
+        """What rank 0 makes of the values of all ranks; they reach no other rank, so they may be many.
+
+        Raises
+        ------
+        RankError
+            A rank does not answer.
+        """
+        if self.group is None:
+            return judge([value])
+        given: list[Any] = [None] * self.size
+        self.ask(what, lambda: dist.gather_object(value, given if self.is_first else None, group=self.group))
+        held: list[Any] = [judge(given) if self.is_first else None]
+        self.ask(what, lambda: dist.broadcast_object_list(held, src=0, group=self.group))
+        return cast("T", held[0])
 
     def all(self, what: str, deed: Callable[[], T]) -> T:
         """Do something on every rank; return only if it went well on all of them.

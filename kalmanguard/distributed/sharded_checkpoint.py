@@ -11,10 +11,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from kalmanguard.distributed.content import Content, Loaded, content_file, read_content
+from kalmanguard.distributed.content import Content, Loaded, content_file, differing, held_twice, read_content
 from kalmanguard.distributed.parts import Part
 from kalmanguard.distributed.peers import Peers
-from kalmanguard.distributed.storage import INDEX, Piece, PieceSavePlanner, ShardWriter
+from kalmanguard.distributed.planning import Piece, PieceSavePlanner
+from kalmanguard.distributed.storage import INDEX, ShardWriter
 from kalmanguard.errors import SnapshotError
 from kalmanguard.snapshots.checkpoint import (
     MANIFEST,
@@ -91,8 +92,11 @@ def write_sharded(
         return digest
 
     content = peers.all("describe a checkpoint", lambda: Content(tree, meta, parts))
-    digests = peers.gather("compare replicas", peers.all("compare replicas", content.digests))
-    pieces, text = content.pieces(digests, peers.rank)
+    held = content.boxes()
+    twice = peers.judged("compare what the ranks hold", held, held_twice)
+    digests = peers.all("compare replicas", lambda: content.digests(twice))
+    own = peers.judged("compare replicas", (held, digests), differing)
+    pieces, text = content.pieces(own, peers.rank)
     writer = ShardWriter(folder, peers.rank)
     _save(pieces, writer, peers)
     files: dict[str, tuple[int, str]] = {}

@@ -6,7 +6,6 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -14,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,95 +28,17 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from kalmanguard.distributed.parts import Part
+from kalmanguard.distributed.planning import Piece, PieceLoadPlanner
 from kalmanguard.errors import SnapshotError
 from kalmanguard.snapshots.checkpoint import SHARDED_FORMAT, VERSION, check_format
 from kalmanguard.snapshots.files import inside, read_json, sync, write_text
 
 #: Where each part of each tensor lies.
 INDEX: Final = "index.json"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """A tensor that is written or read, and which part of the whole it is."""
-
-    tensor: Tensor
-    part: Part
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        """The part, as torch.distributed.checkpoint calls it."""
-        return ChunkStorageMetadata(torch.Size(self.part.offsets), torch.Size(self.part.sizes))
-
-
-# torch publishes the planners without complete types; mypy sees their methods as untyped.
-@final
-class PieceSavePlanner(DefaultSavePlanner):
-    """Plans to write pieces; which rank writes what several hold, and whether all is there, torch decides."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(
-                index=MetadataIndex(name, piece.part.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=piece.chunk,
-                    properties=TensorProperties(dtype=piece.tensor.dtype),
-                    size=torch.Size(piece.part.shape),
-                ),
-            )
-            for name, piece in self.state_dict.items()
-            if not piece.part.nothing
-        ]
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        tensor: Tensor = self.state_dict[index.fqn].tensor
-        return tensor
-
-
-@final
-class PieceLoadPlanner(DefaultLoadPlanner):
-    """Plans to fill pieces from whatever parts were written: the resharding is torch's."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        items: list[ReadItem] = []
-        for name, piece in self.state_dict.items():
-            stored = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(stored, TensorStorageMetadata):
-                raise SnapshotError(f"The checkpoint does not hold {name}.")
-            if piece.tensor.numel():
-                found = create_read_items_for_chunk_list(name, stored, [piece.chunk])
-                if sum(item.lengths.numel() for item in found) != piece.tensor.numel():
-                    raise SnapshotError(f"The checkpoint does not hold all of {name}; {INDEX} is damaged.")
-                items += found
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        tensor: Tensor = self.state_dict[index.fqn].tensor
-        return tensor
 
 
 @final
