@@ -164,7 +164,7 @@ def check_format(data: dict[str, Any], path: Path, kind: str = FORMAT) -> None:
     """
     found = data.get("format")
     if found != kind and found in (FORMAT, SHARDED_FORMAT):
-        reader = "distributed.ShardedStore" if found == SHARDED_FORMAT else "snapshots.disk.CheckpointStore"
+        reader = "distributed.durable.ShardedStore" if found == SHARDED_FORMAT else "snapshots.disk.CheckpointStore"
         raise SnapshotError(f"{path} has the format {found!r}, not {kind!r}: read it with kalmanguard.{reader}.")
     if found != kind:
         raise SnapshotError(f"{path} was not written by kalmanguard (its format is {found!r}).")
