@@ -466,7 +466,7 @@ def test_parameters_that_differ_are_kept_for_each_rank_and_refused_elsewhere(tmp
     for found in started(drifted, 2, tmp_path):
         assert found["error"] is None
         assert found["loaded"] == found["digest"]
-    with pytest.raises(SnapshotError, match=r"not the same on the 2 ranks .* loaded on 2 ranks only .* run has 1"):
+    with pytest.raises(SnapshotError, match=r"not the same on the 2 ranks .* loaded on 2 ranks only, and this run has 1"):
         load(0, 1, Path(), saved=tmp_path / "checkpoints", how="alone")
 
 

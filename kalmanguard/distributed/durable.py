@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
-from kalmanguard.distributed.content import Loaded, create_state
-from kalmanguard.distributed.jobs import Job, JobQueue
+from kalmanguard.distributed.background import BackgroundWriter
+from kalmanguard.distributed.jobs import JobQueue
 from kalmanguard.distributed.parts import live_parts
 from kalmanguard.distributed.peers import Peers
-from kalmanguard.distributed.sharded_checkpoint import REQUIRED, read_sharded, write_sharded
+from kalmanguard.distributed.resharding import Loaded, create_state
+from kalmanguard.distributed.sharded_checkpoint import REQUIRED, read_sharded
 from kalmanguard.distributed.shared_folder import share_folder
-from kalmanguard.errors import ConfigurationError, RankError, SnapshotError
+from kalmanguard.errors import ConfigurationError
 from kalmanguard.snapshots.checkpoint import MANIFEST, SHARDED_FORMAT
 from kalmanguard.snapshots.disk import detached
-from kalmanguard.snapshots.files import file_digest, remove
+from kalmanguard.snapshots.files import file_digest
 from kalmanguard.snapshots.rotation import ANCHOR, Rotation
 from kalmanguard.snapshots.slot import Slot
 from kalmanguard.snapshots.state import TrainingState
@@ -44,8 +43,9 @@ class ShardedStore:
     slots
         Sub-folders ``slot-0``, ``slot-1``, ... used in turn; the one with the last clean checkpoint is never reused.
     timeout_s
-        Seconds after which a rank that does not answer is given up. Only the background thread waits that long, so it
-        may be longer than the slowest disk; a process that has died is noticed at once.
+        Seconds after which a rank that does not answer is given up; more than the slowest disk takes for a part, since
+        the ranks wait for one another in the background. The death of a process is noticed at once by the ranks that
+        exchange something with it at that moment, and by the others when these leave or the time is up.
 
     Raises
     ------
@@ -70,8 +70,9 @@ class ShardedStore:
     that waits, and all ranks agree on which one is next (`JobQueue`).
 
     *What goes wrong.* `save` never raises for the disk or for another rank: what one rank meets is `last_error` on all,
-    and the checkpoint before it stays. A rank that dies costs the others nothing but further checkpoints: `last_error`
-    is a `RankError` then, and `save` returns False from there on.
+    and the checkpoint before it stays. A rank that dies or hangs costs the others further checkpoints: `last_error` is
+    a `RankError` then, and `save` returns False from there on. Only `freeze` waits for other ranks, where they are just
+    about to rename a checkpoint into place, and `flush` and `close` as long as they are told to.
 
     The planning, of who writes what several ranks hold and of what is read from where, is that of
     torch.distributed.checkpoint. Its ``async_save`` is not used: it copies the state before it returns, and so does
@@ -94,13 +95,10 @@ class ShardedStore:
         self._state = state
         self._rotation = Rotation(self.folder, slots, kind=SHARDED_FORMAT, required=REQUIRED)
         self._front = Peers(timeout_s=timeout_s)  # for the training thread
-        self._peers = Peers(timeout_s=timeout_s)  # for the background thread
+        peers = Peers(timeout_s=timeout_s)  # for the background thread
         share_folder(self.folder, self._front)
-        self.last_error: Exception | None = None
-        self._jobs = JobQueue(self._peers)
-        self._committing = threading.Lock()
-        self._sequence: int | None = None
-        self._worker: threading.Thread | None = None
+        self._jobs = JobQueue(peers)
+        self._writer = BackgroundWriter(self._jobs, self._rotation, peers)
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +108,7 @@ class ShardedStore:
     ) -> None:
         self.close()
 
-    # -- the training thread's side --------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -154,13 +152,16 @@ class ShardedStore:
                 job.source = source.copy(staging) if isinstance(source, Slot) else detached(source)
                 job.meta = detached(meta)
             except Exception as error:
-                self.last_error = error
+                self._writer.last_error = error
                 job.refusal = f"{type(error).__name__}: {error}"
         self._jobs.put(job)
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._run, name="kalmanguard-checkpoint", daemon=True)
-            self._worker.start()
+        self._writer.start()
         return job.refusal is None
+
+    @property
+    def last_error(self) -> Exception | None:
+        """What the last attempt to write met, on whichever rank; ``None`` after one that went well."""
+        return self._writer.last_error
 
     @property
     def frozen(self) -> bool:
@@ -170,8 +171,7 @@ class ShardedStore:
     def freeze(self) -> None:
         """Keep what is on disk: drop what waits or is being written, refuse new checkpoints until `thaw`."""
         self._jobs.freeze()
-        with self._committing:  # a checkpoint that is being renamed into place is the last one
-            pass
+        self._writer.settle()
 
     def thaw(self) -> None:
         """Accept checkpoints again."""
@@ -189,8 +189,7 @@ class ShardedStore:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         done = self.flush(timeout_s)
         self._jobs.close()
-        if self._worker is not None:
-            self._worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._writer.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return done
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -269,70 +268,3 @@ class ShardedStore:
         found = self._front.gather("find a checkpoint", self._front.all("find a checkpoint", find))[0]
         assert found is not None
         return read_sharded(*found, peers=self._front, modules=self._state.modules, optimizers=self._state.optimizers)
-
-    # -- the background thread's side ------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while True:
-            job: Job | None = None
-            error: Exception | None = None
-            try:
-                found = self._jobs.next()
-                if found is None:
-                    return
-                job, refusal = found
-                if refusal:
-                    raise SnapshotError(refusal)
-                if refusal is None:
-                    self._write(job)
-            except Exception as failure:
-                error = failure
-            self.last_error = error
-            if isinstance(error, RankError):
-                self._jobs.close()
-            self._jobs.done(job)
-
-    def _write(self, job: Job) -> None:
-        temporary, first = self._rotation.temporary, self._peers.is_first
-
-        def prepare() -> None:
-            if not first:
-                return
-            if self._sequence is None:
-                self._sequence = self._rotation.recover()
-            remove(temporary)
-
-        try:
-            self._peers.all("begin a checkpoint", prepare)
-            digest = write_sharded(
-                temporary,
-                peers=self._peers,
-                step=job.step,
-                sequence=(self._sequence or 0) + 1,
-                clean=job.clean,
-                tree=job.source.tree() if isinstance(job.source, Slot) else job.source,
-                meta=job.meta,
-                parts=job.parts or {},
-                model_saver=job.model_saver if first else None,
-            )
-            self._commit(job, digest)
-        finally:
-            if first:
-                with contextlib.suppress(OSError):
-                    remove(temporary)
-
-    def _commit(self, job: Job, digest: str) -> None:
-        """Rename the checkpoint into place, if no rank has been frozen meanwhile."""
-
-        def rename() -> None:
-            if self._peers.is_first:
-                self._rotation.commit(step=job.step, clean=job.clean, digest=digest)
-                self._sequence = (self._sequence or 0) + 1
-
-        # Held until rank 0 is done, on every rank: after freeze() nothing on the disk changes.
-        with self._committing:
-            if any(self._peers.gather("commit a checkpoint", self._jobs.void(job))):
-                return
-            self._peers.all("commit a checkpoint", rename)
-        if self._peers.is_first:
-            self._rotation.clear()

@@ -11,10 +11,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from kalmanguard.distributed.content import Content, Loaded, content_file, differing, held_twice, read_content
+from kalmanguard.distributed.content import Content, content_file, differing, held_twice
 from kalmanguard.distributed.parts import Part
 from kalmanguard.distributed.peers import Peers
 from kalmanguard.distributed.planning import Piece, PieceSavePlanner
+from kalmanguard.distributed.resharding import Loaded, read_content
 from kalmanguard.distributed.storage import INDEX, ShardWriter
 from kalmanguard.errors import SnapshotError
 from kalmanguard.snapshots.checkpoint import (
