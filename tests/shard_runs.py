@@ -342,12 +342,12 @@ def another_model(rank: int, folder: Path, run: Run) -> tuple[str, bool]:
 
 
 def killed(
-    rank: int, size: int, folder: Path, *, victim: int, call: str, nth: int = 1, how: str = "fsdp"
+    rank: int, size: int, folder: Path, *, victim: int, call: str, nth: int = 1, timeout_s: float = 60.0
 ) -> dict[str, Any]:
     """One rank dies by SIGKILL at the ``nth`` call of ``os.<call>`` of the second checkpoint."""
-    run = Run(how)
+    run = Run()
     run.train(1)
-    store = ShardedStore(folder / "checkpoints", state=run.state, timeout_s=60)
+    store = ShardedStore(folder / "checkpoints", state=run.state, timeout_s=timeout_s)
     found: dict[str, Any] = {"whole": run.whole()}
     store.save(1, run.state.capture(), {"step": 1})
     assert store.flush(60)

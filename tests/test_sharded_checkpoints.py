@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import random
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -466,7 +470,9 @@ def test_parameters_that_differ_are_kept_for_each_rank_and_refused_elsewhere(tmp
     for found in started(drifted, 2, tmp_path):
         assert found["error"] is None
         assert found["loaded"] == found["digest"]
-    with pytest.raises(SnapshotError, match=r"not the same on the 2 ranks .* loaded on 2 ranks only, and this run has 1"):
+    with pytest.raises(
+        SnapshotError, match=r"not the same on the 2 ranks .* loaded on 2 ranks only, and this run has 1"
+    ):
         load(0, 1, Path(), saved=tmp_path / "checkpoints", how="alone")
 
 
@@ -507,7 +513,7 @@ def test_killed_at_any_moment_the_last_clean_checkpoint_loads(victim: int, call:
 
 @pytest.mark.slow
 def test_the_death_of_one_of_four_is_noticed_by_all(tmp_path: Path) -> None:
-    found = started(killed, 4, tmp_path, victim=2, call="fsync")
+    found = started(killed, 4, tmp_path, victim=2, call="fsync", timeout_s=25)
     assert found[2] is None
     for survivor in (found[0], found[1], found[3]):
         assert survivor["flushed"]
@@ -524,3 +530,35 @@ def test_a_rank_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
     assert found["error"].startswith("RankError: ")
     assert "within 5 s" in found["error"]
     assert not found["accepted"]
+
+
+# -- documentation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "sharded_checkpoints.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "train.py").write_text(block)
+    told = []
+    for size in (2, 1):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={size}",
+            "train.py",
+        ]
+        done = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.strip())
+    assert told == ["rank 0 of 2, steps 1 to 20, no error", "rank 0 of 1, steps 21 to 40, no error"]
