@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -168,7 +167,6 @@ class ShardReader(StorageReader):
         """The folder is given once and for all."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self._metadata.storage_meta = StorageMeta()
         return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
