@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from kalmanguard.snapshots.files import (
 )
 
 FORMAT: Final = "kalmanguard-checkpoint"
+SHARDED_FORMAT: Final = "kalmanguard-sharded-checkpoint"
 VERSION: Final = 1
 
 MANIFEST: Final = "manifest.json"
@@ -86,28 +87,48 @@ def write_checkpoint(
     if model_saver is not None:
         (folder / MODEL).mkdir()
         model_saver(folder / MODEL)
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for path in walk(folder)
-    }
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, file_digest(path)) for path in walk(folder)}
+    digest = write_manifest(folder, step=step, clean=clean, sequence=sequence, files=files)
+    sync_tree(folder)
+    return digest
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    step: int,
+    clean: bool,
+    sequence: int,
+    files: Mapping[str, tuple[int, str]],
+    kind: str = FORMAT,
+) -> str:
+    """Write the manifest of files that are there already; return its digest."""
     manifest = json.dumps(
         {
-            "format": FORMAT,
+            "format": kind,
             "version": VERSION,
             "step": step,
             "clean": clean,
             "sequence": sequence,
-            "files": files,
+            "files": {name: {"bytes": nbytes, "sha256": digest} for name, (nbytes, digest) in files.items()},
         },
         indent=1,
     )
     write_text(folder / MANIFEST, manifest)
-    sync_tree(folder)
     return text_digest(manifest)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, *, kind: str = FORMAT, required: Collection[str] = (TENSORS, TREE)) -> Manifest:
     """Read and check a checkpoint's manifest, not yet its files.
+
+    Parameters
+    ----------
+    folder
+        The checkpoint.
+    kind
+        Its format.
+    required
+        Files without which there is no checkpoint of this format.
 
     Raises
     ------
@@ -116,7 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = inside(folder, MANIFEST)
     data = read_json(path, "the checkpoint's manifest")
-    check_format(data, path)
+    check_format(data, path, kind)
     try:
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in dict(data["files"]).items()}
         manifest = Manifest(
@@ -128,12 +149,12 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise SnapshotError(f"{path} is damaged: {type(error).__name__} {error}.") from error
-    if TENSORS not in files or TREE not in files:
-        raise SnapshotError(f"{path} is damaged: it does not list {TENSORS} and {TREE}.")
+    if not files.keys() >= set(required):
+        raise SnapshotError(f"{path} is damaged: it does not list {' and '.join(required)}.")
     return manifest
 
 
-def check_format(data: dict[str, Any], path: Path) -> None:
+def check_format(data: dict[str, Any], path: Path, kind: str = FORMAT) -> None:
     """Refuse files of other programs and of newer versions.
 
     Raises
@@ -141,8 +162,12 @@ def check_format(data: dict[str, Any], path: Path) -> None:
     SnapshotError
         Either of them.
     """
-    if data.get("format") != FORMAT:
-        raise SnapshotError(f"{path} was not written by kalmanguard (its format is {data.get('format')!r}).")
+    found = data.get("format")
+    if found != kind and found in (FORMAT, SHARDED_FORMAT):
+        reader = "distributed.durable.ShardedStore" if found == SHARDED_FORMAT else "snapshots.disk.CheckpointStore"
+        raise SnapshotError(f"{path} has the format {found!r}, not {kind!r}: read it with kalmanguard.{reader}.")
+    if found != kind:
+        raise SnapshotError(f"{path} was not written by kalmanguard (its format is {found!r}).")
     version = data.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise SnapshotError(f"{path} is damaged: its version is {version!r}.")
@@ -173,12 +198,8 @@ def read_checkpoint(folder: Path, *, manifest_digest: str | None = None) -> tupl
     manifest = read_manifest(folder)
     if manifest_digest is not None and manifest.digest != manifest_digest:
         raise SnapshotError(f"{folder / MANIFEST} was changed after it was written: its SHA-256 digest differs.")
-    for name, (nbytes, digest) in manifest.files.items():
-        _check_file(inside(folder, name), nbytes, digest)
-    listed = {*manifest.files, MANIFEST}
-    for path in walk(folder):
-        if path.relative_to(folder).as_posix() not in listed:
-            raise SnapshotError(f"{path} does not belong to the checkpoint; remove it if you put it there.")
+    check_files(folder, manifest, list(manifest.files))
+    check_strays(folder, manifest)
     try:
         tensors = load_file(folder / TENSORS)
         text = (folder / TREE).read_text(encoding="utf-8")
@@ -188,6 +209,32 @@ def read_checkpoint(folder: Path, *, manifest_digest: str | None = None) -> tupl
     if not isinstance(content, dict) or not isinstance(content.get("meta"), dict) or "tree" not in content:
         raise SnapshotError(f"{folder / TREE} is not the tree of a checkpoint.")
     return manifest.step, content["tree"], content["meta"]
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compare some of a checkpoint's files with its manifest, byte by byte through their digests.
+
+    Raises
+    ------
+    SnapshotError
+        One is missing, truncated, or not what was written.
+    """
+    for name in names:
+        _check_file(inside(folder, name), *manifest.files[name])
+
+
+def check_strays(folder: Path, manifest: Manifest) -> None:
+    """Refuse files that the manifest does not list.
+
+    Raises
+    ------
+    SnapshotError
+        There is one, or a link.
+    """
+    listed = {*manifest.files, MANIFEST}
+    for path in walk(folder):
+        if path.relative_to(folder).as_posix() not in listed:
+            raise SnapshotError(f"{path} does not belong to the checkpoint; remove it if you put it there.")
 
 
 def _check_file(path: Path, nbytes: int, digest: str) -> None:

@@ -134,8 +134,8 @@ class CheckpointStore:
             self._pending = None
             staging = self._staging.pop() if self._staging else None
         try:
-            copy = source.copy(staging) if isinstance(source, Slot) else _detached(source)
-            job = _Job(step, copy, _detached(meta), model_saver, clean)
+            copy = source.copy(staging) if isinstance(source, Slot) else detached(source)
+            job = _Job(step, copy, detached(meta), model_saver, clean)
         except Exception as error:
             self.last_error = error
             return False
@@ -262,14 +262,14 @@ class CheckpointStore:
                 remove(temporary)
 
 
-def _detached(value: Any) -> Any:
-    """Copy a tree so that the training thread may change the original."""
+def detached(value: Any) -> Any:
+    """Copy a tree of plain values, so that the training thread may change the original."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
+        return {key: detached(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_detached(item) for item in value]
+        return [detached(item) for item in value]
     if isinstance(value, tuple):
-        return tuple([_detached(item) for item in value])
+        return tuple([detached(item) for item in value])
     return value.copy() if hasattr(value, "__array_interface__") else value

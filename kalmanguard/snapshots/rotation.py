@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final, final
 
 from kalmanguard.errors import SnapshotError
-from kalmanguard.snapshots.checkpoint import FORMAT, VERSION, check_format, read_checkpoint, read_manifest
+from kalmanguard.snapshots.checkpoint import (
+    FORMAT,
+    TENSORS,
+    TREE,
+    VERSION,
+    Manifest,
+    check_format,
+    read_checkpoint,
+    read_manifest,
+)
 from kalmanguard.snapshots.files import inside, read_json, remove, replace_text, sync
 
 ANCHOR: Final = "last_clean.json"
@@ -26,6 +36,10 @@ class Rotation:
         Where they lie.
     slots
         How many there are; at least two.
+    kind
+        Format of the checkpoints.
+    required
+        Files that each of them holds.
 
     Notes
     -----
@@ -33,9 +47,12 @@ class Rotation:
     one, so there is no moment at which the anchor names a checkpoint that is not whole.
     """
 
-    def __init__(self, folder: Path, slots: int) -> None:
+    def __init__(
+        self, folder: Path, slots: int, *, kind: str = FORMAT, required: Collection[str] = (TENSORS, TREE)
+    ) -> None:
         self._folder = folder
         self._slots = slots
+        self._kind, self._required = kind, required
         self.temporary = folder / ".new"
         self._old = folder / ".old"
 
@@ -47,13 +64,24 @@ class Rotation:
         SnapshotError
             There is none, or the anchor or the checkpoint is damaged, foreign, newer, or leads out of the folder.
         """
+        folder, digest = self.last_clean()
+        return read_checkpoint(folder, manifest_digest=digest)
+
+    def last_clean(self) -> tuple[Path, str]:
+        """Return the folder of the last clean checkpoint and the digest that its manifest must have.
+
+        Raises
+        ------
+        SnapshotError
+            There is none, or the anchor is damaged, foreign, newer, or leads out of the folder.
+        """
         path = self._folder / ANCHOR
         anchor = read_json(path, "the anchor of the last clean checkpoint")
-        check_format(anchor, path)
+        check_format(anchor, path, self._kind)
         name, digest = anchor.get("folder"), anchor.get("manifest_sha256")
         if not isinstance(name, str) or not _SLOT_NAME.fullmatch(name) or not isinstance(digest, str):
             raise SnapshotError(f"{path} names {name!r}, which is no checkpoint of this folder.")
-        return read_checkpoint(inside(self._folder, name), manifest_digest=digest)
+        return inside(self._folder, name), digest
 
     def checkpoints(self) -> dict[Path, int]:
         """Return the steps of all checkpoints with a readable manifest, oldest save first."""
@@ -61,7 +89,7 @@ class Rotation:
         for folder in sorted(self._folder.iterdir()):
             if _SLOT_NAME.fullmatch(folder.name) and not folder.is_symlink():
                 try:
-                    manifest = read_manifest(folder)
+                    manifest = self._manifest(folder)
                 except SnapshotError:
                     continue
                 found.append((manifest.sequence, folder, manifest.step))
@@ -78,7 +106,7 @@ class Rotation:
         sync(self._folder)
         if clean:
             anchor = {
-                "format": FORMAT,
+                "format": self._kind,
                 "version": VERSION,
                 "folder": name,
                 "step": step,
@@ -98,10 +126,13 @@ class Rotation:
         for folder in self._folder.iterdir():
             if _SLOT_NAME.fullmatch(folder.name):
                 try:
-                    sequences[folder.name] = read_manifest(folder).sequence
+                    sequences[folder.name] = self._manifest(folder).sequence
                 except SnapshotError:
                     sequences[folder.name] = 0
         return sequences
+
+    def _manifest(self, folder: Path) -> Manifest:
+        return read_manifest(folder, kind=self._kind, required=self._required)
 
     def _anchored(self) -> str | None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -220,6 +220,17 @@ class TrainingState:
     def base_bytes(self) -> int:
         """Bytes of the frozen tensors' base copies, which all slots share."""
         return self._inventory.frozen.nbytes
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The modules that are captured, by label: the model, and those among the extras."""
+        self._members.refresh()
+        return self._members.modules
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """The optimizers that are captured, in order."""
+        return self._members.optimizers
 
     def tree(self, slot: Slot | None = None) -> dict[str, Any]:
         """Copy a slot, or the live state, to a tree of plain values and CPU tensors; for `codec.encode`."""
