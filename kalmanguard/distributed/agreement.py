@@ -48,7 +48,7 @@ class Sensed(NamedTuple):
 
 
 class Role(NamedTuple):
-    """What this rank has to do with its part of that number; see `Part`."""
+    """What this rank has to do with its part of that number; see `Holding`."""
 
     owned: bool
     slot: int | None

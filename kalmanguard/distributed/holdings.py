@@ -13,7 +13,7 @@ from kalmanguard.records import FloatArray
 from kalmanguard.sensors.shards import is_sharded, shard_of
 
 
-class Part(NamedTuple):
+class Holding(NamedTuple):
     """Parameters that the same ranks hold the same elements of.
 
     Attributes
@@ -47,7 +47,7 @@ class Holdings(NamedTuple):
         Elements of the whole model.
     """
 
-    parts: list[Part]
+    parts: list[Holding]
     shared: tuple[int, ...]
     total: int
 
@@ -85,7 +85,7 @@ def holdings(
     parts = []
     for group, number in zip(kept, table[rank].tolist(), strict=False):
         holding = np.flatnonzero((table == number).any(axis=1))
-        parts.append(Part(group, len(holding), int(holding[0]) == rank, slots.get(number)))
+        parts.append(Holding(group, len(holding), int(holding[0]) == rank, slots.get(number)))
     return Holdings(parts, tuple(counts[counts > 1].tolist()), total)
 
 
