@@ -82,6 +82,7 @@ class Loop:
         self.attached = Attached(lambda what, fault: self.incidents.report(self.step, what, fault))
         self._costs: Costs | None = None
         self._snapshot_failed = False
+        self._reported: Exception | None = None
         self._reunited = -1
         self._first_reading: ProbeReading | None = None
 
@@ -349,7 +350,15 @@ class Loop:
         controls.drop = drop
         self._report(self.actuator.veto(controls))
 
+    def report_failed_checkpoint(self) -> None:
+        """Say, once, that the last checkpoint was not written: the one before it is what a killed run goes on from."""
+        error = None if self.actuator.store is None else self.actuator.store.last_error
+        if error is not None and error is not self._reported:
+            self._reported = error
+            self.incidents.report(self.step, f"a checkpoint was not written: {type(error).__name__}: {error}", error)
+
     def _checkpoint(self, step: int) -> None:
+        self.report_failed_checkpoint()
         # A checkpoint must not outlive the records of the steps that led to it.
         self._journal(self.journal.flush)
         self.actuator.checkpoint(step, clean=True)

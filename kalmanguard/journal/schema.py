@@ -24,6 +24,10 @@ Records that a certificate is checked from (`kalmanguard.certificate.verify`):
     bound, ``kinds``), ``probe`` (``n``, ``digest``); anything else that describes the run.
 ``snapshot``
     ``digest`` of the state captured at ``step``.
+``durable``
+    a checkpoint of the state of step ``state`` is forced to the disk, whole and under its final name: ``clean`` when it
+    is the one that a resume takes, ``manifest_sha256`` of its manifest, a true ``found`` when a resume has found and
+    verified it. Written afterwards, by the process that keeps the records; what lies in memory is never called so.
 ``intent``, ``outcome``
     before and after an intervention; an outcome has the fields of `kalmanguard.records.Outcome`.
 ``fresh``

@@ -47,13 +47,29 @@ class Rotation:
         SnapshotError
             There is none, or the anchor or the checkpoint is damaged, foreign, newer, or leads out of the folder.
         """
+        name, digest = self.anchor()
+        return read_checkpoint(inside(self._folder, name), manifest_digest=digest)
+
+    def anchor(self) -> tuple[str, str]:
+        """Return the folder of the last clean checkpoint and the SHA-256 digest of its manifest.
+
+        Raises
+        ------
+        SnapshotError
+            There is no anchor, or it is damaged, foreign, newer, or leads out of the folder.
+        """
         path = self._folder / ANCHOR
         anchor = read_json(path, "the anchor of the last clean checkpoint")
         check_format(anchor, path)
         name, digest = anchor.get("folder"), anchor.get("manifest_sha256")
         if not isinstance(name, str) or not _SLOT_NAME.fullmatch(name) or not isinstance(digest, str):
             raise SnapshotError(f"{path} names {name!r}, which is no checkpoint of this folder.")
-        return read_checkpoint(inside(self._folder, name), manifest_digest=digest)
+        return name, digest
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether there is an anchor, sound or not."""
+        return os.path.lexists(self._folder / ANCHOR)
 
     def checkpoints(self) -> dict[Path, int]:
         """Return the steps of all checkpoints with a readable manifest, oldest save first."""
