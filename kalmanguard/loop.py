@@ -83,6 +83,7 @@ class Loop:
         self._costs: Costs | None = None
         self._snapshot_failed = False
         self._reported: Exception | None = None
+        self._fitted = False
         self._reunited = -1
         self._first_reading: ProbeReading | None = None
 
@@ -94,7 +95,7 @@ class Loop:
     def advance(self, loss: Any) -> Decision:
         """Supervise one step."""
         self.step += 1
-        if self.step == self._started_at + _FIT_AT:
+        if self.step == self._started_at + _FIT_AT and not self._fitted:
             self._fit_sensors()
         measurement = self._measure(loss) if self.replicas is None else self._agree(self.replicas, loss)
         self.attributor.saw(self.step, measurement.loss, self.state.estimators.loss)
@@ -270,7 +271,7 @@ class Loop:
         """Take up a saved state; the sensors were fitted in the run that it comes from."""
         self.actuator.clear()
         self.state, self.step, self.objective = state, step, objective
-        self._started_at = step - _FIT_AT - 1
+        self._started_at, self._fitted = step, True
         self.interrupt()
 
     def interrupt(self) -> None:

@@ -6,7 +6,11 @@ the verifier, which shares no code with what wrote the journal; the same resume 
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,13 @@ from kalmanguard.journal import JournalReader
 from kalmanguard.replay import replay
 from kalmanguard.snapshots.disk import CheckpointStore
 
-from .rank_death_runs import doomed, resumed
+from .rank_death_runs import DOOMED, doomed, resumed
 from .rank_runs import launch
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 slow = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 10.0
 #: On a busy machine a process that was told may be late to say so.
 PATIENCE_S = 10.0
@@ -36,7 +41,8 @@ def survivors(found: list[Any], victim: int, *, place: str) -> list[dict[str, An
         assert isinstance(rank, dict), rank
         assert rank["error"] == "RankError", rank
         assert "Start all ranks again from the last checkpoint, with Supervisor.resume" in rank["text"]
-        assert 0.0 <= rank["waited_s"] < TIMEOUT_S + PATIENCE_S, place
+        # The end of a process is noticed at once; one that only stops, by the timeout.
+        assert 0.0 <= rank["waited_s"] < TIMEOUT_S + PATIENCE_S * place.startswith("stopped"), rank["waited_s"]
     return alive
 
 
@@ -130,3 +136,82 @@ def test_a_rank_is_killed(place: str, size: int, victim: int, then: int, tmp_pat
     assert max(alive[0]["states"]) < 80
     steps = 300 if place in ("intent", "between tensors") else 60
     check_what_is_left(tmp_path / "run", alive[0]["states"], tmp_path, then, recorded=place != "record", steps=steps)
+
+
+@pytest.mark.parametrize(("size", "victim"), [(2, 1), pytest.param(4, 2, marks=slow)])
+def test_a_checkpoint_in_flight_outlives_another_rank(size: int, victim: int, tmp_path: Path) -> None:
+    """Rank 0 is told in mid-write: the write is finished, recorded, and what a resume takes."""
+    found = launch(doomed, size, tmp_path, victim=victim, place="in flight", rank_timeout_s=TIMEOUT_S)
+    assert found[victim] is None
+    assert (tmp_path / "writing").exists()
+    alive = survivors(found, victim, place="in flight")
+    step, _, _ = CheckpointStore(tmp_path / "run" / "checkpoints").load_last_clean()
+    assert step >= DOOMED
+    check_what_is_left(tmp_path / "run", alive[0]["states"], tmp_path, 2, recorded=True, steps=60)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "out of memory",
+        pytest.param("stopped in the supervisor", marks=slow),
+        pytest.param("stopped in training", marks=slow),
+    ],
+)
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=slow)])
+def test_a_rank_fails_without_a_signal(place: str, victim: int, tmp_path: Path) -> None:
+    """The reduction of gradients waits as long as its own process group says; the rest, as the settings say."""
+    found = launch(
+        doomed, 2, tmp_path, victim=victim, place=place, rank_timeout_s=TIMEOUT_S, timeout_s=TIMEOUT_S, limit=60.0
+    )
+    alive = survivors(found, victim, place=place)
+    if place == "out of memory":
+        # It says what happened to it, and not that the others are to blame.
+        assert found[victim]["error"] == "OutOfMemoryError"
+        assert alive[0]["waited_s"] < TIMEOUT_S
+    else:
+        assert found[victim] is None
+        assert "imed out" in alive[0]["text"]
+        assert alive[0]["waited_s"] > TIMEOUT_S - 1.0
+    check_what_is_left(tmp_path / "run", alive[0]["states"], tmp_path, 2, recorded=True, steps=60)
+
+
+# -- torchrun ----------------------------------------------------------------------------------------------------------
+
+
+def torchrun(processes: int, *arguments: str, restarts: int = 2) -> str:
+    """What the elastic example says; its ranks are started again by torchrun."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts))
+    done = subprocess.run(
+        [*command, "--nproc-per-node", str(processes), str(ROOT / "examples" / "elastic.py"), *arguments],
+        capture_output=True, text=True, check=False, timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return done.stdout
+
+
+@slow
+def test_torchrun_starts_all_ranks_again_and_they_go_on_by_themselves(tmp_path: Path) -> None:
+    """Two processes, one of which is killed, then one process: one journal, certified."""
+    run = tmp_path / "run"
+    told = torchrun(2, str(run), "150", "75")
+    assert "rank 1 is killed in step 76" in told
+    starts = [int(start) for start in re.findall(r"rank 0 of 2: from step (\d+) to 150", told)]
+    assert len(starts) == 2
+    assert starts[0] == 0 < starts[1] <= 75
+    assert verify(run).exit_code == 0, verify(run)
+    told = torchrun(1, str(run), "200")
+    assert "rank 0 of 1: from step 150 to 200" in told
+    report = verify(run)
+    assert report.exit_code == 0, report
+    assert report["run"].status == report["durable"].status == HOLDS
+    assert "the last is the state of step 200" in report["durable"].text
+    assert replay(run).identical
+    with JournalReader(run) as reader:
+        resumed_at = [row.step for row in reader.rows("resume")]
+        assert resumed_at == [starts[1], 150]
+        steps = [measured.step for measured, _ in reader.steps() if measured.learning_rates]
+        # What the killed rank's peers had recorded beyond the checkpoint is done again.
+        assert steps[-1] == 200
+        assert sorted(set(steps)) == list(range(1, 201))
