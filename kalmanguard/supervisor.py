@@ -999,6 +999,8 @@ class Supervisor:
         atexit.unregister(self._exit)
         self._loop.tap.close()
         self._loop.attached.close()
+        with suppress(KalmanguardError):  # what wrote it last has said so, or the end is near anyway
+            self._loop.journal.flush()
         # A checkpoint that is being written is finished, and recorded.
         self._loop.actuator.close()
         self._loop.journal.abandon()

@@ -26,6 +26,8 @@ from .rank_runs import FIXED, digest
 
 #: Step from which the rank is doomed, and step of the fault that is rolled back.
 DOOMED, FAULT = 45, 47
+#: Steps that a run takes in which nobody dies.
+STEPS = 80
 #: Whether this process dies when it comes to its place.
 armed = False
 
@@ -116,7 +118,9 @@ def _setting(folder: Path, settings: dict[str, Any]) -> Settings:
     return Settings(**{**FIXED, "checkpoint_share": 0.5, "rank_timeout_s": 10.0, **settings})
 
 
-def doomed(rank: int, size: int, folder: Path, *, victim: int, place: str, steps: int = 80, **settings: Any) -> Any:
+def doomed(
+    rank: int, size: int, folder: Path, *, victim: int, place: str, doomed_at: int = DOOMED, **settings: Any
+) -> dict[str, Any]:
     """Train until ``victim`` dies at ``place``; what the others were told, when, and all states that they had."""
     global armed  # noqa: PLW0603 - the patches of this process look at it
     plant = load_plant("mlp")(seed=0)
@@ -125,6 +129,7 @@ def doomed(rank: int, size: int, folder: Path, *, victim: int, place: str, steps
     fault = FaultInjector.parse((f"bit_flip@{FAULT}",) if place in _OF_ROLLBACK and rank == 0 else (), seed=0)
     if rank == victim and place in PLACES:
         PLACES[place](folder)
+    armed = doomed_at == 0
     if place == "in flight" and rank == 0:
         _slow_disk(folder)
     states: dict[int, str] = {}
@@ -137,11 +142,11 @@ def doomed(rank: int, size: int, folder: Path, *, victim: int, place: str, steps
             fault.attach(plant.model, plant.optimizer),
         ):  # fmt: skip
             states[0] = digest(plant.model)
-            for step in range(1, steps + 1):
-                if step == DOOMED and rank == 0:
+            for step in range(1, STEPS + 1):
+                if step == doomed_at and rank == 0:
                     # On a busy machine the thread that writes may be late: there is a checkpoint to go on from.
                     supervisor._loop.actuator.wait_for_checkpoint()
-                armed = step >= DOOMED
+                armed = step >= doomed_at
                 inputs, targets = next(plant.loader)
                 part = slice(len(targets) * rank // size, len(targets) * (rank + 1) // size)
                 loss = plant.loss_fn(model(inputs[part]), targets[part]).mean()
@@ -177,14 +182,17 @@ def _end_by_itself(place: str, folder: Path) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
 
-def resumed(rank: int, size: int, folder: Path, *, run_dir: Path, steps: int, **settings: Any) -> dict[str, Any]:
+def resumed(
+    rank: int, size: int, folder: Path, *, run_dir: Path, steps: int, how: str = "resume", **settings: Any
+) -> dict[str, Any]:
     """Go on from what a killed run has left, in a process that knows nothing of it."""
     plant = load_plant("mlp")(seed=0)
-    for parameter in plant.model.parameters():
-        torch.nn.init.constant_(parameter, 0.5)  # nothing of it may be left
+    if how == "resume":
+        for parameter in plant.model.parameters():
+            torch.nn.init.constant_(parameter, 0.5)  # nothing of it may be left
     torch.manual_seed(100 + rank)
     model = DistributedDataParallel(plant.model)
-    with Supervisor.resume(
+    with getattr(Supervisor, how)(
         run_dir, model, plant.probe_loader, optimizer=plant.optimizer, loader=plant.loader,
         settings=_setting(folder, settings),
     ) as supervisor:  # fmt: skip

@@ -22,7 +22,7 @@ from kalmanguard.journal import JournalReader
 from kalmanguard.replay import replay
 from kalmanguard.snapshots.disk import CheckpointStore
 
-from .rank_death_runs import DOOMED, doomed, resumed
+from .rank_death_runs import DOOMED, STEPS, doomed, resumed
 from .rank_runs import launch
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -133,7 +133,7 @@ def test_a_rank_is_killed(place: str, size: int, victim: int, then: int, tmp_pat
     assert (tmp_path / "death").exists(), "nobody came to the place"
     alive = survivors(found, victim, place=place)
     assert all(rank["states"] == alive[0]["states"] for rank in alive)
-    assert max(alive[0]["states"]) < 80
+    assert max(alive[0]["states"]) < STEPS
     steps = 300 if place in ("intent", "between tensors") else 60
     check_what_is_left(tmp_path / "run", alive[0]["states"], tmp_path, then, recorded=place != "record", steps=steps)
 
@@ -174,6 +174,28 @@ def test_a_rank_fails_without_a_signal(place: str, victim: int, tmp_path: Path) 
         assert "imed out" in alive[0]["text"]
         assert alive[0]["waited_s"] > TIMEOUT_S - 1.0
     check_what_is_left(tmp_path / "run", alive[0]["states"], tmp_path, 2, recorded=True, steps=60)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_on_all_ranks(tmp_path: Path) -> None:
+    """Rank 0 alone can see that; where it is refused, the others do not wait for it until the timeout."""
+    run = tmp_path / "run"
+    found = launch(doomed, 2, tmp_path, victim=0, place="tensor file", doomed_at=0, rank_timeout_s=TIMEOUT_S)
+    survivors(found, 0, place="tensor file")
+    assert durable(run) == []
+    assert not CheckpointStore(run / "checkpoints").holds_clean
+    (tmp_path / "again").mkdir()
+    ranks = launch(resumed, 2, tmp_path / "again", run_dir=run, steps=40, how="resume_or_start")
+    for rank in ranks:
+        assert isinstance(rank, dict), rank
+        assert (rank["from"], rank["position"], len(rank["states"])) == (None, 0, 41)
+        assert rank == ranks[0]
+    assert verify(run).exit_code == 0
+    assert replay(run).identical
+    for tensors in (run / "checkpoints").glob("slot-*/tensors.safetensors"):
+        tensors.unlink()
+    (tmp_path / "refused").mkdir()
+    ranks = launch(resumed, 2, tmp_path / "refused", run_dir=run, steps=40, how="resume_or_start")
+    assert all("SnapshotError" in rank and "is missing from the checkpoint" in rank for rank in ranks), ranks
 
 
 # -- torchrun ----------------------------------------------------------------------------------------------------------
