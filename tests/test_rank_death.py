@@ -105,7 +105,7 @@ def check_what_is_left(
 CASES = [
     # place, ranks, the one that dies, ranks that go on
     ("capture", 2, 0, 2),
-    ("between tensors", 2, 1, 1),
+    pytest.param("between tensors", 2, 1, 1, marks=slow),
     pytest.param("capture", 2, 1, 2, marks=slow),
     pytest.param("capture", 4, 0, 2, marks=slow),
     pytest.param("capture", 4, 3, 4, marks=slow),
@@ -138,7 +138,8 @@ def test_a_rank_is_killed(place: str, size: int, victim: int, then: int, tmp_pat
     check_what_is_left(tmp_path / "run", alive[0]["states"], tmp_path, then, recorded=place != "record", steps=steps)
 
 
-@pytest.mark.parametrize(("size", "victim"), [(2, 1), pytest.param(4, 2, marks=slow)])
+@slow
+@pytest.mark.parametrize(("size", "victim"), [(2, 1), (4, 2)])
 def test_a_checkpoint_in_flight_outlives_another_rank(size: int, victim: int, tmp_path: Path) -> None:
     """Rank 0 is told in mid-write: the write is finished, recorded, and what a resume takes."""
     found = launch(doomed, size, tmp_path, victim=victim, place="in flight", rank_timeout_s=TIMEOUT_S)
