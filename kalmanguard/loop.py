@@ -356,7 +356,9 @@ class Loop:
         error = None if self.actuator.store is None else self.actuator.store.last_error
         if error is not None and error is not self._reported:
             self._reported = error
-            self.incidents.report(self.step, f"a checkpoint was not written: {type(error).__name__}: {error}", error)
+            self.incidents.report(
+                self.step, f"a checkpoint was not written, or not recorded: {type(error).__name__}: {error}", error
+            )
 
     def _checkpoint(self, step: int) -> None:
         self.report_failed_checkpoint()

@@ -792,6 +792,7 @@ class Supervisor:
             loop.incidents.report(loop.step, f"the run could not be closed properly: {error}", error)
         finally:
             loop.actuator.close()
+            loop.journal.abandon()  # of a closed journal nothing is left to let go
 
     def __enter__(self) -> Self:
         return self
@@ -852,13 +853,14 @@ class Supervisor:
 
     # -- inner matters -------------------------------------------------------------------------------------------
 
-    def _record_resume(self) -> None:
+    def _record_resume(self, *, anew: bool = False) -> None:
         """Write all that a replay needs to go on from here."""
         loop = self._loop
         record = {
             "step": loop.step,
             "engine": statefile.dump(loop.state),
             "settings": self.settings.model_dump(mode="json"),
+            "anew": anew,
         }
         loop.journal.record("resume", loop.step, record)
 
@@ -930,7 +932,7 @@ class Supervisor:
         spent = self._fresh_spent()
         if found is None:
             # Killed before its first checkpoint: the records go on, the training begins anew.
-            self._record_resume()
+            self._record_resume(anew=True)
             loop.tally.update(spent)
             return
         step, tree, meta, digest = found

@@ -15,6 +15,7 @@ import torch
 
 from kalmanguard import Supervisor
 from kalmanguard.certificate.verify import FAILED, HOLDS, INCOMPLETE, NOT_CLAIMED, verify
+from kalmanguard.cli.summary import summarise
 from kalmanguard.errors import JournalError, SnapshotError
 from kalmanguard.journal import JournalReader, JournalWriter
 from kalmanguard.journal.database import holds_run
@@ -99,6 +100,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path)
     whole.close()
     with JournalReader(run) as reader:
         assert [m.step for m, _ in reader.steps() if m.learning_rates] == [1, 2, 3, *range(1, 31)]
+    assert summarise(run).marks == ["step 0: begun anew, for no checkpoint had been written"]
     assert verify(run).exit_code == 0
     assert replay(run).identical
 
@@ -134,7 +136,7 @@ def test_what_could_not_be_written_is_told_and_not_called_durable(tmp_path: Path
     assert supervisor._loop.actuator.wait_for_checkpoint()
     before = durable(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.warns(UserWarning, match="a checkpoint was not written: FileNotFoundError"):
+    with pytest.warns(UserWarning, match="a checkpoint was not written, or not recorded: FileNotFoundError"):
         supervisor.close()
     assert supervisor.statistics()["errors"] == 1
     assert durable(tmp_path) == before

@@ -35,7 +35,8 @@ Records that a certificate is checked from (`kalmanguard.certificate.verify`):
     the paired differences, candidate minus reference, as the record's blob; ``first`` is the index of the first
     example used, so that no example can be used twice unseen.
 ``resume``, ``note`` with a true ``reset``
-    the engine's ledger starts anew, or from a checkpoint with the drift test restarted.
+    the engine's ledger starts anew, or from a checkpoint with the drift test restarted; ``anew`` is true for a run that
+    had none yet when it was killed.
 ``close``
     written by `JournalWriter.close`; a run without it reads INCOMPLETE.
 """
