@@ -233,7 +233,7 @@ def test_torchrun_starts_all_ranks_again_and_they_go_on_by_themselves(tmp_path: 
     assert replay(run).identical
     with JournalReader(run) as reader:
         resumed_at = [row.step for row in reader.rows("resume")]
-        # Where rank 0 was told before torchrun ended it, it has saved its last certified state, and counts on from there.
+        # Where rank 0 was told before torchrun ended it, it has saved its last certified state, and counts on.
         assert starts[1] <= resumed_at[0] <= 75
         assert resumed_at[1:] == [150]
         steps = [measured.step for measured, _ in reader.steps() if measured.learning_rates]
