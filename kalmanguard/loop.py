@@ -82,6 +82,8 @@ class Loop:
         self.attached = Attached(lambda what, fault: self.incidents.report(self.step, what, fault))
         self._costs: Costs | None = None
         self._snapshot_failed = False
+        self._reported: Exception | None = None
+        self._fitted = False
         self._reunited = -1
         self._first_reading: ProbeReading | None = None
 
@@ -93,7 +95,7 @@ class Loop:
     def advance(self, loss: Any) -> Decision:
         """Supervise one step."""
         self.step += 1
-        if self.step == self._started_at + _FIT_AT:
+        if self.step == self._started_at + _FIT_AT and not self._fitted:
             self._fit_sensors()
         measurement = self._measure(loss) if self.replicas is None else self._agree(self.replicas, loss)
         self.attributor.saw(self.step, measurement.loss, self.state.estimators.loss)
@@ -270,7 +272,7 @@ class Loop:
         """Take up a saved state; the sensors were fitted in the run that it comes from."""
         self.actuator.clear()
         self.state, self.step, self.objective = state, step, objective
-        self._started_at = step - _FIT_AT - 1
+        self._started_at, self._fitted = step, True
         self.interrupt()
 
     def interrupt(self) -> None:
@@ -355,7 +357,17 @@ class Loop:
         controls.drop = drop
         self._report(self.actuator.veto(controls))
 
+    def report_failed_checkpoint(self) -> None:
+        """Say, once, that the last checkpoint was not written: the one before it is what a killed run goes on from."""
+        error = None if self.actuator.store is None else self.actuator.store.last_error
+        if error is not None and error is not self._reported:
+            self._reported = error
+            self.incidents.report(
+                self.step, f"a checkpoint was not written, or not recorded: {type(error).__name__}: {error}", error
+            )
+
     def _checkpoint(self, step: int) -> None:
+        self.report_failed_checkpoint()
         # A checkpoint must not outlive the records of the steps that led to it.
         self._journal(self.journal.flush)
         self.actuator.checkpoint(step, clean=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,10 @@ from kalmanguard.errors import (
     VetoIntervention,
 )
 from kalmanguard.incidents import Incidents
+from kalmanguard.journal.database import holds_run
 from kalmanguard.journal.header import environment, header
+from kalmanguard.journal.reader import JournalReader
+from kalmanguard.journal.schema import Row
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.loop import Loop
 from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outcome
@@ -141,7 +144,7 @@ class Supervisor:
         settings: Settings | str | Path | dict[str, Any] = "balanced",
         run_dir: str | Path | None = None,
     ) -> None:
-        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, resume=False)
+        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, "start")
 
     @classmethod
     def resume(
@@ -159,9 +162,10 @@ class Supervisor:
     ) -> Self:
         """Continue a run from the last clean checkpoint of ``run_dir``: model, optimizer, random state, supervision.
 
-        The optimizer must exist, since its state is restored now. `step` goes on counting where the records end;
-        `resumed_from` is the step whose state was restored, which may be an earlier one. In several processes every
-        rank resumes, as many as there are now; random streams are restored on rank 0 alone.
+        The optimizer must exist, since its state is restored now. `step` goes on counting from where the checkpoint was
+        written; what a killed process has done after that is recorded, but lost, and is done again. `resumed_from` is
+        the step whose state was restored, which may be an earlier one. In several processes every rank resumes, as many
+        as there are now; random streams are restored on rank 0 alone.
 
         Raises
         ------
@@ -169,7 +173,37 @@ class Supervisor:
             There is no journal or no complete clean checkpoint, or one was changed.
         """
         self = cls.__new__(cls)
-        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, resume=True)
+        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, "resume")
+        return self
+
+    @classmethod
+    def resume_or_start(
+        cls,
+        run_dir: str | Path,
+        model: nn.Module,
+        probe_loader: Iterable[Any],
+        *,
+        optimizer: Optimizer | Sequence[Optimizer],
+        scheduler: Any = None,
+        scaler: Any = None,
+        loader: Any = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        settings: Settings | str | Path | dict[str, Any] = "balanced",
+    ) -> Self:
+        """Continue the run in ``run_dir`` as `resume` does, or begin it there: one line for a script that is restarted.
+
+        A run that was killed before its first checkpoint begins anew, and its journal goes on, so `resumed_from` is
+        ``None`` then as in a new folder. In several processes rank 0 looks and all do the same; its run folder must lie
+        where it finds it again.
+
+        Raises
+        ------
+        JournalError, SnapshotError
+            The journal or the checkpoint was changed or damaged, or a checkpoint that the journal calls durable is
+            gone: progress is never given up silently.
+        """
+        self = cls.__new__(cls)
+        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, "either")
         return self
 
     def _build(
@@ -183,8 +217,7 @@ class Supervisor:
         loss_fn: Callable[[Any, Any], Tensor] | None,
         settings: Settings | str | Path | dict[str, Any],
         run_dir: str | Path | None,
-        *,
-        resume: bool,
+        begin: Literal["start", "resume", "either"],
     ) -> None:
         self.settings = chosen = _calibrated(Settings.of(settings))
         self.model: nn.Module = _inner(getattr(checked_model(model), "_orig_mod", model))
@@ -203,6 +236,11 @@ class Supervisor:
         for item in schedulers:
             if not hasattr(item, "state_dict"):
                 raise ConfigurationError(f"scheduler is a {type(item).__name__} without state_dict(); pass the object.")
+        resume = begin == "resume"
+        if begin == "either":
+            # Where the run folder is not shared, only rank 0 can tell.
+            resume = holds_run(run_dir or ".") if replicas is None or replicas.is_first else False
+            resume = resume if replicas is None else replicas.of_first(resume)
         if replicas is not None and not replicas.is_first:
             # Replicas are equal, and so are decisions: one journal and one set of checkpoints hold them all.
             run_dir = None
@@ -266,6 +304,9 @@ class Supervisor:
                 extras=self._extras,
                 folder=self.run_dir / "checkpoints" if self.run_dir is not None else None,
                 describe=lambda: _alive(own).state_dict(),
+                on_durable=lambda step, clean, digest: journal.record(
+                    "durable", journal.last_step, {"state": step, "clean": clean, "manifest_sha256": digest}
+                ),
             )
             self._loop = Loop(
                 settings=chosen,
@@ -291,7 +332,7 @@ class Supervisor:
             journal.write_header(header(chosen, recovery.describe(), self.model, probe.size, probe.digest))
         if resume:
             try:
-                self._continue()
+                self._continue(or_anew=begin == "either")
             except BaseException:
                 self._abandon()
                 raise
@@ -736,13 +777,7 @@ class Supervisor:
         loop.resume_at(int(state["step"]), int(state["objective"]), loaded._replace(ledger=ledger, saved=()))
         loop.tap.begun = True  # the first reading was taken in the run that the state comes from
         loop.actuator.rate_ceiling = ceiling
-        # All that a replay needs to go on from here.
-        record = {
-            "step": loop.step,
-            "engine": statefile.dump(loop.state),
-            "settings": self.settings.model_dump(mode="json"),
-        }
-        loop.journal.record("resume", loop.step, record)
+        self._record_resume()
 
     def close(self) -> None:
         """Write the closing record, finish the checkpoints, remove the hooks; harmless when repeated."""
@@ -757,12 +792,16 @@ class Supervisor:
             loop.journal.flush()
             if loop.state.ledger.episode is None:
                 self._keep_last_certified()
+            # What becomes durable is recorded, and the closing record is the last one.
+            loop.actuator.wait_for_checkpoint()
+            loop.report_failed_checkpoint()
             statistics = {k: v for k, v in self.statistics().items() if not isinstance(v, float) or math.isfinite(v)}
             loop.journal.close({"steps": loop.step, "statistics": statistics})
         except KalmanguardError as error:
             loop.incidents.report(loop.step, f"the run could not be closed properly: {error}", error)
         finally:
             loop.actuator.close()
+            loop.journal.abandon()  # of a closed journal nothing is left to let go
             if loop.replicas is not None:
                 loop.replicas.close()
 
@@ -778,13 +817,17 @@ class Supervisor:
             finally:
                 # The run died: its journal must read INCOMPLETE.
                 self._abandon()
+            replicas = self._loop.replicas
+            lost = None if replicas is None else replicas.lost(error)
+            if lost is not None:
+                raise lost from error
 
     def _certified(self) -> list[int]:
         held = self._loop.actuator.ring.steps()
         return [s.step for s in self._loop.state.ledger.slots if s.certified and not s.suspect and s.step in held]
 
     def _keep_last_certified(self) -> bool:
-        """Write the newest certified state to disk; whether there is one, and a place for it."""
+        """Have the newest certified state written to disk; whether there is one, and a place for it."""
         certified = self._certified()
         if not certified or self._loop.state.ledger.mode is Mode.HALTED:
             return False
@@ -797,7 +840,8 @@ class Supervisor:
         loop = self._loop
         try:
             loop.journal.flush()
-            saved = self._keep_last_certified()
+            saved = self._keep_last_certified() and loop.actuator.wait_for_checkpoint()
+            loop.report_failed_checkpoint()
         except Exception as fault:
             saved = False
             with suppress(KalmanguardError):  # what is under way is more important
@@ -819,6 +863,17 @@ class Supervisor:
         )
 
     # -- inner matters -------------------------------------------------------------------------------------------
+
+    def _record_resume(self, *, anew: bool = False) -> None:
+        """Write all that a replay needs to go on from here."""
+        loop = self._loop
+        record = {
+            "step": loop.step,
+            "engine": statefile.dump(loop.state),
+            "settings": self.settings.model_dump(mode="json"),
+            "anew": anew,
+        }
+        loop.journal.record("resume", loop.step, record)
 
     def _announce(self, decision: Decision) -> None:
         settings = self.settings
@@ -881,10 +936,17 @@ class Supervisor:
             ) from None
         return run_dir / "ring"
 
-    def _continue(self) -> None:
+    def _continue(self, *, or_anew: bool) -> None:
         loop = self._loop
         loop.tap.bind()
-        step, tree, meta = self._last_clean()
+        found = self._last_clean(or_anew=or_anew)
+        spent = self._fresh_spent()
+        if found is None:
+            # Killed before its first checkpoint: the records go on, the training begins anew.
+            self._record_resume(anew=True)
+            loop.tally.update(spent)
+            return
+        step, tree, meta, digest = found
         self.resumed_from = step
         # One stream of random numbers on all ranks would be one and the same dropout everywhere.
         own_rng = loop.replicas is None or loop.replicas.is_first
@@ -893,35 +955,70 @@ class Supervisor:
         state = statefile.load(meta["engine"])
         estimators = dict(state.saved).get(step, state.estimators)
         self.load_state_dict({**meta, "engine": statefile.dump(state._replace(estimators=estimators))})
+        loop.tally.update(spent - loop.tally)
+        # Every file of it was verified. Who was killed right after writing it could not say so any more.
+        durable = {"state": step, "clean": True, "manifest_sha256": digest, "found": True}
+        loop.journal.record("durable", loop.step, durable)
         # What was restored is known to be good: it is probed and captured again before it is trained on.
         loop.tap.begun = False
 
-    def _last_clean(self) -> tuple[int, Any, dict[str, Any]]:
-        """The last clean checkpoint: rank 0's, which need not lie where the others can read it."""
+    def _last_clean(self, *, or_anew: bool) -> tuple[int, Any, dict[str, Any], str] | None:
+        """The last clean checkpoint: rank 0's, which need not lie where the others can read it.
+
+        ``None``, if that is allowed, when there never was one.
+        """
         store, replicas = self._loop.actuator.store, self._loop.replicas
         found, reason = None, "A run without a run folder has no checkpoint to resume from."
         if store is not None:
             try:
-                found = store.load_last_clean()
-            except SnapshotError as error:
+                recorded = any(row.data().get("clean") for row in self._recorded("durable"))
+                if or_anew and not store.holds_clean and not recorded:
+                    reason = ""
+                else:
+                    found = (*store.load_last_clean(), store.last_clean_digest())
+            except (SnapshotError, JournalError) as error:
                 if replicas is None:
                     raise
                 reason = str(error)
         if replicas is not None:
             found, reason = replicas.of_first((found, reason))
-        if found is None:
+        if reason and found is None:
             raise SnapshotError(reason)
         return found
+
+    def _recorded(self, kind: str) -> list[Row]:
+        """Records of one kind from all processes that the run has had; none on a rank that keeps no journal."""
+        if self.run_dir is None:
+            return []
+        with JournalReader(self.run_dir) as reader:
+            return list(reader.rows(kind))
+
+    def _fresh_spent(self) -> Counter[str]:
+        """Bets that earlier processes have made: the level that they spent, and the examples, are gone for good."""
+        replicas, spent = self._loop.replicas, Counter[str]()
+        for row in self._recorded("fresh"):
+            data = row.data()
+            spent["bets"] = max(spent["bets"], int(data["index"]))
+            used = int(data.get("first") or 0) + len(row.blob) // 8
+            spent["fresh_examples"] = max(spent["fresh_examples"], used)
+        if replicas is not None:
+            spent = replicas.of_first(spent)
+        if spent:
+            self._loop.probe.spend_fresh()
+        return spent
 
     def _abandon(self) -> None:
         self._closed = True
         atexit.unregister(self._exit)
         self._loop.tap.close()
         self._loop.attached.close()
-        self._loop.journal.abandon()
+        with suppress(KalmanguardError):  # what wrote it last has said so, or the end is near anyway
+            self._loop.journal.flush()
+        # A checkpoint that is being written is finished, and recorded.
         self._loop.actuator.close()
         if self._loop.replicas is not None:
             self._loop.replicas.close()
+        self._loop.journal.abandon()
 
 
 class Pause:

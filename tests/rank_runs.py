@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,18 @@ def essence(decision: Decision) -> tuple[Any, ...]:
     return (*told, decision.reason, numbers)
 
 
-def launch(run: Any, size: int, folder: Path, *, limit: float = 120.0, **options: Any) -> list[Any]:
-    """Run ``run(rank, size, folder, **options)`` in ``size`` processes; what each returned, or the error's text."""
-    context = torch.multiprocessing.get_context("spawn")
-    store = folder / "store"
-    processes = [context.Process(target=_rank, args=(run, rank, size, folder, store, options)) for rank in range(size)]
+def launch(
+    run: Any, size: int, folder: Path, *, limit: float = 120.0, timeout_s: float = 1800.0, **options: Any
+) -> list[Any]:
+    """Run ``run(rank, size, folder, **options)`` in ``size`` processes; what each returned, or the error's text.
+
+    ``timeout_s`` is that of the default process group, in which gradients are reduced.
+    """
+    # The server imports torch once, and forks each rank from there.
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kalmanguard", "kalmanguard.models"])
+    given = (folder / "store", timedelta(seconds=timeout_s), options)
+    processes = [context.Process(target=_rank, args=(run, rank, size, folder, *given)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -55,13 +63,15 @@ def launch(run: Any, size: int, folder: Path, *, limit: float = 120.0, **options
     ]
 
 
-def _rank(run: Any, rank: int, size: int, folder: Path, store: Path, options: dict[str, Any]) -> None:
+def _rank(
+    run: Any, rank: int, size: int, folder: Path, store: Path, timeout: timedelta, options: dict[str, Any]
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # Frameworks initialise a group of their own when there is none, by these.
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     try:
         result = run(rank, size, folder, **options)
     except BaseException as error:

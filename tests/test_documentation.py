@@ -65,6 +65,7 @@ def test_the_page_on_integrations_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert not any(claim.status == "FAILED" for claim in namespace["guard"].certificate.claims)
     assert (tmp_path / "out" / "checkpoint-20" / "kalmanguard.json").exists()
     assert namespace["decision"].step == 10
+    assert namespace["lives"] == [None, 30]
 
 
 @pytest.mark.parametrize("page", PAGES)

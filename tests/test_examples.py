@@ -15,6 +15,7 @@ SMALL: dict[str, list[str]] = {
     "analyze_a_log": ["300"],
     "damping_study": ["--tiny"],
     "data_parallel": ["150"],
+    "elastic": ["120"],
     "estimate": ["600"],
     "finetune_with_trainer": ["30"],
     "gan": ["120"],
@@ -27,7 +28,13 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(SMALL)
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+#: It starts seven processes, one after the other, that import torch.
+SLOW = {"elastic"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in sorted(SMALL)]
+)
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py"), *SMALL[name]],

@@ -245,7 +245,7 @@ def test_an_honest_run_holds(folder: Path, seed: int) -> None:
     assert found.pop("C5") in (HOLDS, NOT_CLAIMED)
     assert found == {
         "chain": HOLDS, "head": NOT_CLAIMED, "run": HOLDS, "C1": HOLDS, "C2": HOLDS, "C3": HOLDS, "C3-reuse": VACUOUS,
-        "C4": HOLDS, "C6": HOLDS,
+        "C4": HOLDS, "C6": HOLDS, "durable": NOT_CLAIMED,
     }  # fmt: skip
     assert report.exit_code == 0
     assert report.steps == 462

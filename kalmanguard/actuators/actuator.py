@@ -24,6 +24,8 @@ from kalmanguard.snapshots.ring import Ring
 from kalmanguard.snapshots.state import TrainingState
 
 _DISK_BYTES_PER_S = 2e8
+#: Seconds that the end of a run waits for its last checkpoint.
+_WAIT_S = 60.0
 #: Slots that are set aside to brace: one that is being filled, and one that has just entered the ring.
 _BRACES = 2
 
@@ -49,6 +51,8 @@ class Actuator:
         Where durable checkpoints go; ``None`` for none.
     describe
         The supervisor's own state, which goes into each checkpoint.
+    on_durable
+        Called with step, cleanness and digest of a checkpoint once it is on disk; see `CheckpointStore`.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Actuator:
         extras: Mapping[str, Any],
         folder: Path | None,
         describe: Callable[[], Mapping[str, Any]],
+        on_durable: Callable[[int, bool, str], object] | None = None,
     ) -> None:
         self._model, self._tap, self.state = model, tap, state
         self._settings, self._recovery = settings, recovery
@@ -69,7 +74,7 @@ class Actuator:
         #: Whether there is memory to capture a state beside the ring, right before a step that looks dangerous.
         self.braces = False
         self._folder, self._extras, self._describe = folder, extras, describe
-        self.store = CheckpointStore(folder) if folder is not None else None
+        self.store = CheckpointStore(folder, on_durable=on_durable) if folder is not None else None
         self._limit = LearningRateLimit()
         tap.effects.append(self._limit)
         self._rates: dict[int, tuple[tuple[float, ...], ...]] = {}
@@ -243,6 +248,10 @@ class Actuator:
         took = time.monotonic() - started + self.state.bytes_per_slot() / _DISK_BYTES_PER_S
         self._next_checkpoint = started + took / self._settings.checkpoint_share
         return saved
+
+    def wait_for_checkpoint(self) -> bool:
+        """Wait until the checkpoint that was queued last is on disk; whether it is."""
+        return self.store is not None and self.store.flush(_WAIT_S) and self.store.last_error is None
 
     def close(self) -> None:
         """Finish writing and give the memory back."""

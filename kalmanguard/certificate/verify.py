@@ -14,6 +14,7 @@ C3-reuse how far the fixed probe, used again and again, can be trusted
 C4       the drift test was computed as stated, so its mean run length to a false alarm is the stated one
 C5       the probe filter's innovations have the variance and the whiteness that it assumes; only reported
 C6       recovery ends: rollbacks without a recovery between them stay within their budget
+durable  which certified states were recorded after they were forced to the disk: what a kill leaves, if the disk does
 ======== =====================================================================================================
 
 Each reads HOLDS, NOT CLAIMED (nothing to check, or nothing promised), VACUOUS (true but of no use), LAPSED (held once,
@@ -509,7 +510,7 @@ class _ExactRestore(_Check):
     """C2: digests of what was captured, ordered and restored."""
 
     def __init__(self) -> None:
-        self.ordered = self.restored = self.exact = self.anchored = 0
+        self.ordered = self.restored = self.exact = self.anchored = self.cut = 0
         self.captured: dict[int, set[str]] = {}
         self.wrong, self.open = _Findings(), _Findings()
 
@@ -519,6 +520,10 @@ class _ExactRestore(_Check):
     def record(self, kind: str, row: Row, data: dict[str, Any]) -> None:
         if kind == "snapshot" and data.get("digest"):
             self.captured.setdefault(row.step, set()).add(str(data["digest"]))
+        if kind == "resume" and self.ordered > self.restored:
+            # The process died before it could record the outcome; what it was restoring died with it.
+            self.cut += self.ordered - self.restored
+            self.ordered = self.restored
         if kind != "outcome" or data.get("action") not in ("ROLLBACK", "HALT"):
             return
         source, expected, actual = data.get("restored_step"), data.get("digest_expected"), data.get("digest_actual")
@@ -543,6 +548,8 @@ class _ExactRestore(_Check):
             f"Restored states with equal digests before and after: {self.exact:,}, of them recorded at capture: "
             f"{self.anchored:,}. That the digests are those of the weights only replay can show."
         )
+        if self.cut:
+            text = f"Rollbacks that the end of a process cut off, which a resume has made void: {self.cut}. {text}"
         missing = self.ordered - self.restored
         if self.wrong.count:
             status, text = FAILED, f"Restores that are not exact: {self.wrong}; {self.wrong.first}. {text}"
@@ -551,7 +558,8 @@ class _ExactRestore(_Check):
         elif missing > 0:
             status, text = LAPSED if complete else INCOMPLETE, f"Rollbacks without an outcome: {missing}. {text}"
         else:
-            status, text = (HOLDS, text) if self.exact else (NOT_CLAIMED, "Nothing was restored.")
+            status = HOLDS if self.exact else NOT_CLAIMED
+            text = text if self.exact or self.cut else "Nothing was restored."
         return Claim("C2", "rollback is bit-exact", status, text, (*self.wrong.steps, *self.open.steps))
 
 
@@ -790,6 +798,43 @@ class _Liveness(_Check):
         return Claim("C6", "recovery ends within its budget", status, text, tuple(self.wrong.steps))
 
 
+class _Durable(_Check):
+    """What was recorded as durable; a state in the memory of a process is not, certified or not."""
+
+    def __init__(self) -> None:
+        self.clean = self.found = 0
+        self.newest: int | None = None
+        self.digest = ""
+        self.wrong = _Findings()
+
+    def record(self, kind: str, row: Row, data: dict[str, Any]) -> None:
+        if kind != "durable":
+            return
+        state = int(data["state"])
+        if state > row.step:
+            self.wrong.add(row.step, f"the state of step {state} was called durable before that step was taken")
+        if data.get("clean"):
+            self.clean += 1
+            self.found += bool(data.get("found"))
+            self.newest, self.digest = state, str(data["manifest_sha256"])
+
+    def claim(self, complete: bool) -> Claim:
+        title = "certified states that were recorded after they were forced to the disk"
+        if self.wrong.count:
+            text = f"Contradictions: {self.wrong}; {self.wrong.first}."
+            return Claim("durable", title, FAILED, text, tuple(self.wrong.steps))
+        if self.newest is None:
+            text = "None was recorded: whatever was certified lived in the memory of processes, and dies with them."
+            return Claim("durable", title, NOT_CLAIMED, text)
+        text = (
+            f"Recorded: {self.clean:,}, of them found again by a resume: {self.found:,}; the last is the state of step "
+            f"{self.newest}, manifest {self.digest[:16]}... Any later state lived in the memory of processes and dies "
+            "with them. The journal alone shows neither that the files are still there nor what is in them: loading "
+            "checks every digest."
+        )
+        return Claim("durable", title, HOLDS, text)
+
+
 # --- the pass ---------------------------------------------------------------------------------------------------------
 
 
@@ -853,6 +898,7 @@ def _begin(file: Path, row: Row, header: dict[str, Any]) -> tuple[list[str], lis
             _DriftTest(settings) if kept else _NotKept("C4"),
             _Consistency() if kept else _NotKept("C5"),
             _Liveness(settings),
+            _Durable(),
         ]
     except KeyError as error:
         raise UnreadableJournalError(f"The header of {file} lacks the setting {error}.") from None

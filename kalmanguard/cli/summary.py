@@ -81,7 +81,8 @@ def _record(summary: RunSummary, kind: str, step: int, data: dict[str, Any]) -> 
     elif kind == "error":
         summary.errors.append(f"step {step}: {data.get('text', '')}")
     elif kind == "resume":
-        summary.marks.append(f"step {step}: resumed from a checkpoint")
+        how = "begun anew, for no checkpoint had been written" if data.get("anew") else "resumed from a checkpoint"
+        summary.marks.append(f"step {step}: {how}")
     elif kind == "objective":
         summary.marks.append(f"step {step}: a new objective was declared")
     elif kind == "note" and "probe_examples" in data:

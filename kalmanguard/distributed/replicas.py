@@ -323,6 +323,15 @@ class Replicas:
         length = int(self._gathered("count parts", np.array([float(len(row))])).max())
         return self._gathered("compare parts", np.concatenate([row, np.zeros(length - len(row))]))
 
+    def lost(self, error: BaseException) -> RankError | None:
+        """What an exception says about the other ranks, if it is that of a collective which they did not join.
+
+        The gradients are reduced by DistributedDataParallel, which says with a bare error of its backend, after the
+        timeout of its own process group, what `RankError` says in words.
+        """
+        known = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        return self._without_others("go on", error) if known else None
+
     def _gathered(self, what: str, row: FloatArray) -> FloatArray:
         mine = torch.from_numpy(np.ascontiguousarray(row, dtype=np.float64))
         rows = [torch.empty_like(mine) for _ in range(self.size)]
@@ -334,11 +343,15 @@ class Replicas:
         try:
             return collective()
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise RankError(
-                f"Rank {self.rank} of {self.size} could not {what} with the others within {self._timeout_s:g} s: one "
-                f"has died, hangs, or takes another path ({reason}). Start again from the last checkpoint."
-            ) from error
+            within = f"{what} with the others within {self._timeout_s:g} s"
+            raise self._without_others(within, error) from error
+
+    def _without_others(self, what: str, error: BaseException) -> RankError:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return RankError(
+            f"Rank {self.rank} of {self.size} could not {what}: another one has died, hangs, or takes another path "
+            f"({reason}). Start all ranks again from the last checkpoint, with Supervisor.resume."
+        )
 
 
 def _digest_of(digests: Sequence[str | None]) -> str | None:

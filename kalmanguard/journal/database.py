@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from kalmanguard.errors import JournalError
-from kalmanguard.journal.schema import APPLICATION_ID, CREATE, SCHEMA_VERSION, check_identity
+from kalmanguard.journal.schema import APPLICATION_ID, CREATE, SCHEMA_VERSION, check_identity, locate
 
 BUSY_TIMEOUT_S = 10.0
 
@@ -56,6 +56,31 @@ def is_blank(connection: sqlite3.Connection) -> bool:
     """Whether the database is a new one: no table, and no program's mark."""
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     return not tables and not any(identity(connection))
+
+
+def holds_run(path: str | Path) -> bool:
+    """Whether a run folder, or a file, holds a journal with a record in it.
+
+    Raises
+    ------
+    JournalError
+        The file is no journal, or cannot be read.
+    """
+    file = locate(path)
+    if not file.is_file():
+        return False
+    try:
+        connection = _connect_to_read(f"{file.absolute().as_uri()}?mode=ro")
+        try:
+            # Killed before its table was made, it is blank and no other program's.
+            if is_blank(connection):
+                return False
+            check_identity(file, *identity(connection))
+            return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM records)").fetchone()[0])
+        finally:
+            connection.close()
+    except (sqlite3.Error, OSError) as error:
+        raise failure(file, "read", error) from error
 
 
 def prepare_to_write(connection: sqlite3.Connection, file: Path | None) -> None:

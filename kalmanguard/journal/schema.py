@@ -24,6 +24,10 @@ Records that a certificate is checked from (`kalmanguard.certificate.verify`):
     bound, ``kinds``), ``probe`` (``n``, ``digest``); anything else that describes the run.
 ``snapshot``
     ``digest`` of the state captured at ``step``.
+``durable``
+    a checkpoint of the state of step ``state`` is forced to the disk, whole and under its final name: ``clean`` when it
+    is the one that a resume takes, ``manifest_sha256`` of its manifest, a true ``found`` when a resume has found and
+    verified it. Written afterwards, by the process that keeps the records; what lies in memory is never called so.
 ``intent``, ``outcome``
     before and after an intervention; an outcome has the fields of `kalmanguard.records.Outcome`.
 ``fresh``
@@ -31,7 +35,8 @@ Records that a certificate is checked from (`kalmanguard.certificate.verify`):
     the paired differences, candidate minus reference, as the record's blob; ``first`` is the index of the first
     example used, so that no example can be used twice unseen.
 ``resume``, ``note`` with a true ``reset``
-    the engine's ledger starts anew, or from a checkpoint with the drift test restarted.
+    the engine's ledger starts anew, or from a checkpoint with the drift test restarted; ``anew`` is true for a run that
+    had none yet when it was killed.
 ``close``
     written by `JournalWriter.close`; a run without it reads INCOMPLETE.
 """

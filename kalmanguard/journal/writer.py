@@ -140,6 +140,12 @@ class JournalWriter:
         """Number of records, with those that wait for a commit."""
         return self._rows + len(self._waiting)
 
+    @property
+    def last_step(self) -> int:
+        """Step that the last record belongs to, with those that wait for a commit."""
+        waiting = self._waiting
+        return waiting[-1][0] if waiting else self._step
+
     def write_header(self, header: Mapping[str, Any]) -> None:
         """Write the first record: versions, settings, probe, plant and the certificate's constants."""
         if self._rows:

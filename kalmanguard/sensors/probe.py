@@ -155,6 +155,10 @@ class Probe:
         """Examples that are still unused for the certificate."""
         return sum(map(L.batch_size, self._fresh))
 
+    def spend_fresh(self) -> None:
+        """Take the examples that were set aside as used: an earlier process of the run has seen them."""
+        self._fresh = []
+
     def read_fresh(self, batches: list[Any]) -> FloatArray:
         """Measure losses on other batches at the present parameters."""
         return self._evaluate(batches)

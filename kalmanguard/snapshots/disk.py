@@ -45,6 +45,9 @@ class CheckpointStore:
         Made if it is not there.
     slots
         Sub-folders ``slot-0``, ``slot-1``, ... used in turn; the one with the last clean checkpoint is never reused.
+    on_durable
+        Called with step, cleanness and the manifest's SHA-256 digest, from the thread that writes, once a checkpoint is
+        forced to the disk under its final name. What it raises counts as a failure of that checkpoint.
 
     Raises
     ------
@@ -58,14 +61,21 @@ class CheckpointStore:
     A checkpoint is written to a temporary folder, forced to the disk and renamed into place, then the anchor is
     replaced: killed at any moment, the anchor names a complete checkpoint. `save` copies the state and returns; it
     never raises for what goes wrong with the disk: `last_error` holds what the last attempt met, and the checkpoint
-    before it stays. At most
-    one checkpoint is being written and one is waiting; a newer one takes the place of the one that waits.
+    before it stays. At most one checkpoint is being written and one is waiting; a newer one takes the place of the one
+    that waits. What was accepted is not durable yet: a process that is killed before ``on_durable`` loses it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, slots: int = 3) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        slots: int = 3,
+        on_durable: Callable[[int, bool, str], object] | None = None,
+    ) -> None:
         if slots < 2:
             raise ConfigurationError(f"slots = {slots}: at least 2 are needed, to keep one while the other is written.")
         self.folder = Path(folder)
+        self._on_durable = on_durable
         self._rotation = Rotation(self.folder, slots)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +206,21 @@ class CheckpointStore:
         """
         return self._rotation.load_last_clean()
 
+    @property
+    def holds_clean(self) -> bool:
+        """Whether an anchor names a last clean checkpoint; that it can be loaded, loading shows."""
+        return self._rotation.is_anchored
+
+    def last_clean_digest(self) -> str:
+        """Return the SHA-256 digest of the manifest that the anchor vouches for.
+
+        Raises
+        ------
+        SnapshotError
+            There is no anchor, or it is damaged.
+        """
+        return self._rotation.last_clean()[1]
+
     def load(self, path: str | os.PathLike[str]) -> tuple[int, Any, dict[str, Any]]:
         """Verify and return the checkpoint in the folder ``path`` as (step, tree, meta).
 
@@ -256,6 +281,8 @@ class CheckpointStore:
                     return
                 self._rotation.commit(step=job.step, clean=job.clean, digest=digest)
                 self._sequence += 1
+            if self._on_durable is not None:
+                self._on_durable(job.step, job.clean, digest)
             self._rotation.clear()
         finally:
             with contextlib.suppress(OSError):

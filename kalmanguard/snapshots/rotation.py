@@ -68,12 +68,12 @@ class Rotation:
         return read_checkpoint(folder, manifest_digest=digest)
 
     def last_clean(self) -> tuple[Path, str]:
-        """Return the folder of the last clean checkpoint and the digest that its manifest must have.
+        """Return the folder of the last clean checkpoint and the SHA-256 digest that its manifest must have.
 
         Raises
         ------
         SnapshotError
-            There is none, or the anchor is damaged, foreign, newer, or leads out of the folder.
+            There is no anchor, or it is damaged, foreign, newer, or leads out of the folder.
         """
         path = self._folder / ANCHOR
         anchor = read_json(path, "the anchor of the last clean checkpoint")
@@ -82,6 +82,11 @@ class Rotation:
         if not isinstance(name, str) or not _SLOT_NAME.fullmatch(name) or not isinstance(digest, str):
             raise SnapshotError(f"{path} names {name!r}, which is no checkpoint of this folder.")
         return inside(self._folder, name), digest
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether there is an anchor, sound or not."""
+        return os.path.lexists(self._folder / ANCHOR)
 
     def checkpoints(self) -> dict[Path, int]:
         """Return the steps of all checkpoints with a readable manifest, oldest save first."""
