@@ -10,24 +10,20 @@ import sys
 import tempfile
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kalmanguard import statefile
-from kalmanguard.actuators.actions import Recovery
-from kalmanguard.actuators.actuator import Actuator
-from kalmanguard.attribution import Attributor
 from kalmanguard.betting import bet_on_fresh_examples
-from kalmanguard.detectors.drift import RATES
-from kalmanguard.distributed.replicas import Replicas
+from kalmanguard.construction import Begin, Given, Owner, build
+from kalmanguard.continuation import continue_run, state_of, take_up
 from kalmanguard.errors import (
     ConfigurationError,
     Intervention,
@@ -40,32 +36,16 @@ from kalmanguard.errors import (
     TrainingHalted,
     VetoIntervention,
 )
-from kalmanguard.incidents import Incidents
-from kalmanguard.journal.database import holds_run
-from kalmanguard.journal.header import environment, header
-from kalmanguard.journal.reader import JournalReader
-from kalmanguard.journal.schema import Row
+from kalmanguard.journal.header import environment
 from kalmanguard.journal.writer import JournalWriter
-from kalmanguard.loop import Loop
 from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outcome
-from kalmanguard.sensors.arguments import checked_model
 from kalmanguard.sensors.attachable import Attachable
-from kalmanguard.sensors.optimizer import OptimizerTap
-from kalmanguard.sensors.probe import Probe
-from kalmanguard.sensors.reevaluation import BatchLoss
-from kalmanguard.sensors.shards import is_sharded, locals_of, whole
-from kalmanguard.sensors.suite import SensorSuite, trained_parameters
+from kalmanguard.sensors.shards import locals_of, whole
 from kalmanguard.settings import Settings
-from kalmanguard.snapshots.memory import slots_for
-from kalmanguard.snapshots.state import TrainingState
 
 if TYPE_CHECKING:
     from kalmanguard.certificate.verify import Report
     from kalmanguard.detectors.attribution import AttributionResult
-
-_NEVER = -(1 << 40)
-#: Of `Supervisor.state_dict`; another one than before wherever the state of the engine has another shape.
-_STATE_FORMAT = 3
 
 
 class Supervisor:
@@ -144,7 +124,8 @@ class Supervisor:
         settings: Settings | str | Path | dict[str, Any] = "balanced",
         run_dir: str | Path | None = None,
     ) -> None:
-        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, "start")
+        given = Given(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir)
+        self._build(given, "start")
 
     @classmethod
     def resume(
@@ -173,7 +154,8 @@ class Supervisor:
             There is no journal or no complete clean checkpoint, or one was changed.
         """
         self = cls.__new__(cls)
-        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, "resume")
+        given = Given(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir)
+        self._build(given, "resume")
         return self
 
     @classmethod
@@ -203,136 +185,31 @@ class Supervisor:
             gone: progress is never given up silently.
         """
         self = cls.__new__(cls)
-        self._build(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir, "either")
+        given = Given(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir)
+        self._build(given, "either")
         return self
 
-    def _build(
-        self,
-        model: nn.Module,
-        probe_loader: Iterable[Any],
-        optimizer: Optimizer | Sequence[Optimizer] | None,
-        scheduler: Any,
-        scaler: Any,
-        loader: Any,
-        loss_fn: Callable[[Any, Any], Tensor] | None,
-        settings: Settings | str | Path | dict[str, Any],
-        run_dir: str | Path | None,
-        begin: Literal["start", "resume", "either"],
-    ) -> None:
-        self.settings = chosen = _calibrated(Settings.of(settings))
-        self.model: nn.Module = _inner(getattr(checked_model(model), "_orig_mod", model))
-        replicas = (
-            Replicas.found(timeout_s=chosen.rank_timeout_s, sketch_size=chosen.sketch_size) if chosen.replicas else None
-        )
-        sharded = any(is_sharded(p) for p in self.model.parameters())
-        if sharded and not chosen.replicas:
-            raise ConfigurationError(
-                "The parameters are sharded over processes (FSDP, tensor parallelism), and settings.replicas = False "
-                "would supervise each shard as if it were a model of its own: leave it at True."
-            )
-        if replicas is not None:
-            replicas.same(chosen.model_dump_json(), "settings")
-        schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list) else [scheduler]
-        for item in schedulers:
-            if not hasattr(item, "state_dict"):
-                raise ConfigurationError(f"scheduler is a {type(item).__name__} without state_dict(); pass the object.")
-        resume = begin == "resume"
-        if begin == "either":
-            # Where the run folder is not shared, only rank 0 can tell.
-            resume = holds_run(run_dir or ".") if replicas is None or replicas.is_first else False
-            resume = resume if replicas is None else replicas.of_first(resume)
-        if replicas is not None and not replicas.is_first:
-            # Replicas are equal, and so are decisions: one journal and one set of checkpoints hold them all.
-            run_dir = None
-        self.run_dir = Path(run_dir) if run_dir is not None else None
-        self._rewindable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        if chosen.replay and not self._rewindable:
-            raise ConfigurationError(
-                "settings.replay needs a loader with state_dict() and load_state_dict(); pass loader=..., for example "
-                "a StatefulDataLoader, or switch replay off."
-            )
-        probe = Probe(
-            self.model, probe_loader, examples=chosen.probe_examples, fresh=chosen.fresh_examples, loss_fn=loss_fn
-        )
-        if replicas is not None:
-            replicas.same(probe.digest, "probe")
-            probe.share(*replicas.parts_of_data(self.model), replicas.gather)
-        recovery = chosen.recovery or Recovery.preset(chosen.ladder)
+    def _build(self, given: Given, begin: Begin) -> None:
         own = weakref.ref(self)
-        tap = OptimizerTap(
-            self.model.parameters(),
-            _optimizers(optimizer),
-            protect=chosen.mode == "protect",
-            # The loop does not exist yet, and a hook must not keep its supervisor alive.
-            before_first_step=lambda: _alive(own)._loop.begin(),  # noqa: PLW0108
-            before_step=lambda: _alive(own)._loop.suite.before_step(),  # noqa: PLW0108
-            on_veto=None if recovery.vetoes_plainly else (lambda drop: _alive(own)._loop.veto(drop)),  # noqa: PLW0108
-            on_brace=lambda: _alive(own)._loop.brace(),  # noqa: PLW0108
-            agree=None if replicas is None else replicas.gradient,
-        )
         self._extras: dict[str, Any] = {}
-        try:
-            training = TrainingState(
-                self.model,
-                optimizers=tap.optimizers,
-                schedulers=schedulers,
-                scaler=scaler,
-                loader=loader if self._rewindable else None,
-                extras=self._extras,
-                device="same" if chosen.snapshots_on == "device" else "host",
-                spill=self._spill_folder(),
-            )
-            held = None if replicas is None else replicas.divide(trained_parameters(self.model))
-            suite = SensorSuite(
-                self.model,
-                tap,
-                size=chosen.sketch_size,
-                seed=chosen.seed,
-                parts=None if held is None else [part.parameters for part in held.parts],
-                total=None if held is None else held.total,
-            )
-            if replicas is not None:
-                replicas.check(suite.positions())
-            keeps = resume and (replicas is None or replicas.is_first)
-            journal = JournalWriter.resume(Path(run_dir or ".")) if keeps else JournalWriter(self.run_dir)
-            actuator = Actuator(
-                model=self.model,
-                tap=tap,
-                state=training,
-                settings=chosen,
-                recovery=recovery,
-                extras=self._extras,
-                folder=self.run_dir / "checkpoints" if self.run_dir is not None else None,
-                describe=lambda: _alive(own).state_dict(),
-                on_durable=lambda step, clean, digest: journal.record(
-                    "durable", journal.last_step, {"state": step, "clean": clean, "manifest_sha256": digest}
-                ),
-            )
-            self._loop = Loop(
-                settings=chosen,
-                probe=probe,
-                tap=tap,
-                suite=suite,
-                actuator=actuator,
-                journal=journal,
-                incidents=Incidents(journal, strict=chosen.strict),
-                attributor=Attributor(BatchLoss(self.model, loss_fn), actuator.ring),
-                replicas=replicas,
-            )
-        except BaseException:
-            tap.close()
-            raise
+        owner = Owner(
+            loop=lambda: _alive(own)._loop,
+            describe=lambda: _alive(own).state_dict(),
+            extras=self._extras,
+        )
+        built = build(given, begin, owner)
+        self._loop, self.settings, self.model, self.run_dir = built.loop, built.settings, built.model, built.run_dir
         self._closed = False
         #: Step whose state `resume` has restored; ``None`` for a run that was begun anew.
         self.resumed_from: int | None = None
         self._own_s = self._total_s = 0.0
         self._ended = time.perf_counter()
         self._exit = atexit.register(_at_exit, own)
-        if not keeps:
-            journal.write_header(header(chosen, recovery.describe(), self.model, probe.size, probe.digest))
-        if resume:
+        if built.resumes:
             try:
-                self._continue(or_anew=begin == "either")
+                self.resumed_from = continue_run(
+                    self._loop, self.run_dir, or_anew=begin == "either", rewinds=built.rewinds
+                )
             except BaseException:
                 self._abandon()
                 raise
@@ -734,18 +611,7 @@ class Supervisor:
 
     def state_dict(self) -> dict[str, Any]:
         """The supervisor's own state as plain values, for a checkpoint of yours; snapshots are not part of it."""
-        loop = self._loop
-        return {
-            "format": _STATE_FORMAT,
-            "step": loop.step,
-            "objective": loop.objective,
-            "engine": statefile.dump(loop.state),
-            "probe": loop.probe.digest,
-            "probe_examples": loop.probe.size,
-            "stride": loop.suite.stride,
-            "tally": dict(loop.tally),
-            "rate_ceiling": loop.actuator.rate_ceiling,
-        }
+        return state_of(self._loop)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; the ring starts empty, so there is nothing to roll back to until a snapshot is due.
@@ -755,29 +621,7 @@ class Supervisor:
         ConfigurationError
             The state is of another format or another probe set.
         """
-        loop = self._loop
-        if state.get("format") != _STATE_FORMAT:
-            raise ConfigurationError(
-                f"The supervisor's saved state has format {state.get('format')!r}; this version reads format "
-                f"{_STATE_FORMAT}."
-            )
-        examples = int(state["probe_examples"])
-        if state["probe"] != loop.probe.digest_of(examples):
-            raise ConfigurationError(
-                "The saved state belongs to another probe set; pass the same probe_loader, or call reset()."
-            )
-        loaded = statefile.load(state["engine"])
-        # Its own wealth begins anew, so that a third party can follow it from the journal.
-        drift = loaded.ledger.drift._replace(wealth=(0.0,) * len(RATES))
-        ledger = loaded.ledger._replace(slots=(), episode=None, last_snapshot=_NEVER, drift=drift)
-        loop.probe.shrink(examples)
-        loop.suite.stride = int(state["stride"])
-        loop.tally = Counter({str(k): int(v) for k, v in state["tally"].items()})
-        ceiling = float(state.get("rate_ceiling", 1.0))
-        loop.resume_at(int(state["step"]), int(state["objective"]), loaded._replace(ledger=ledger, saved=()))
-        loop.tap.begun = True  # the first reading was taken in the run that the state comes from
-        loop.actuator.rate_ceiling = ceiling
-        self._record_resume()
+        take_up(self._loop, state)
 
     def close(self) -> None:
         """Write the closing record, finish the checkpoints, remove the hooks; harmless when repeated."""
@@ -840,7 +684,8 @@ class Supervisor:
         loop = self._loop
         try:
             loop.journal.flush()
-            saved = self._keep_last_certified() and loop.actuator.wait_for_checkpoint()
+            alone = not loop.actuator.writes_together  # the others may be gone, or go on
+            saved = alone and self._keep_last_certified() and loop.actuator.wait_for_checkpoint()
             loop.report_failed_checkpoint()
         except Exception as fault:
             saved = False
@@ -863,17 +708,6 @@ class Supervisor:
         )
 
     # -- inner matters -------------------------------------------------------------------------------------------
-
-    def _record_resume(self, *, anew: bool = False) -> None:
-        """Write all that a replay needs to go on from here."""
-        loop = self._loop
-        record = {
-            "step": loop.step,
-            "engine": statefile.dump(loop.state),
-            "settings": self.settings.model_dump(mode="json"),
-            "anew": anew,
-        }
-        loop.journal.record("resume", loop.step, record)
 
     def _announce(self, decision: Decision) -> None:
         settings = self.settings
@@ -906,107 +740,6 @@ class Supervisor:
         )  # fmt: skip
         return loop.last
 
-    def _spill_folder(self) -> Path | None:
-        """Where the ring lives on disk; ``None`` when it lives in memory, which must then hold two snapshots."""
-        settings = self.settings
-        if settings.mode != "protect" or settings.snapshots_on == "device":
-            return None
-        if settings.snapshots_on == "disk":
-            if self.run_dir is None:
-                raise ConfigurationError('snapshots_on = "disk" needs a run_dir to keep them in.')
-            return self._made(self.run_dir)
-        # Before the first step there is no optimizer state yet: Adam's two moments are what to expect.
-        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        whole = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
-        try:
-            slots_for(whole + 2 * trained, settings.snapshot_bytes)
-        except SnapshotError:
-            if self.run_dir is None:
-                raise
-            return self._made(self.run_dir)
-        return None
-
-    @staticmethod
-    def _made(run_dir: Path) -> Path:
-        try:
-            (run_dir / "ring").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise JournalError(
-                f"The run folder {run_dir} cannot be written to: {error.strerror}. Choose another run_dir."
-            ) from None
-        return run_dir / "ring"
-
-    def _continue(self, *, or_anew: bool) -> None:
-        loop = self._loop
-        loop.tap.bind()
-        found = self._last_clean(or_anew=or_anew)
-        spent = self._fresh_spent()
-        if found is None:
-            # Killed before its first checkpoint: the records go on, the training begins anew.
-            self._record_resume(anew=True)
-            loop.tally.update(spent)
-            return
-        step, tree, meta, digest = found
-        self.resumed_from = step
-        # One stream of random numbers on all ranks would be one and the same dropout everywhere.
-        own_rng = loop.replicas is None or loop.replicas.is_first
-        loop.actuator.state.load_tree(tree, rng=own_rng, schedule=True, data=self._rewindable)
-        # The checkpoint may be of an earlier step than the one it was written at: the filters go back with the state.
-        state = statefile.load(meta["engine"])
-        estimators = dict(state.saved).get(step, state.estimators)
-        self.load_state_dict({**meta, "engine": statefile.dump(state._replace(estimators=estimators))})
-        loop.tally.update(spent - loop.tally)
-        # Every file of it was verified. Who was killed right after writing it could not say so any more.
-        durable = {"state": step, "clean": True, "manifest_sha256": digest, "found": True}
-        loop.journal.record("durable", loop.step, durable)
-        # What was restored is known to be good: it is probed and captured again before it is trained on.
-        loop.tap.begun = False
-
-    def _last_clean(self, *, or_anew: bool) -> tuple[int, Any, dict[str, Any], str] | None:
-        """The last clean checkpoint: rank 0's, which need not lie where the others can read it.
-
-        ``None``, if that is allowed, when there never was one.
-        """
-        store, replicas = self._loop.actuator.store, self._loop.replicas
-        found, reason = None, "A run without a run folder has no checkpoint to resume from."
-        if store is not None:
-            try:
-                recorded = any(row.data().get("clean") for row in self._recorded("durable"))
-                if or_anew and not store.holds_clean and not recorded:
-                    reason = ""
-                else:
-                    found = (*store.load_last_clean(), store.last_clean_digest())
-            except (SnapshotError, JournalError) as error:
-                if replicas is None:
-                    raise
-                reason = str(error)
-        if replicas is not None:
-            found, reason = replicas.of_first((found, reason))
-        if reason and found is None:
-            raise SnapshotError(reason)
-        return found
-
-    def _recorded(self, kind: str) -> list[Row]:
-        """Records of one kind from all processes that the run has had; none on a rank that keeps no journal."""
-        if self.run_dir is None:
-            return []
-        with JournalReader(self.run_dir) as reader:
-            return list(reader.rows(kind))
-
-    def _fresh_spent(self) -> Counter[str]:
-        """Bets that earlier processes have made: the level that they spent, and the examples, are gone for good."""
-        replicas, spent = self._loop.replicas, Counter[str]()
-        for row in self._recorded("fresh"):
-            data = row.data()
-            spent["bets"] = max(spent["bets"], int(data["index"]))
-            used = int(data.get("first") or 0) + len(row.blob) // 8
-            spent["fresh_examples"] = max(spent["fresh_examples"], used)
-        if replicas is not None:
-            spent = replicas.of_first(spent)
-        if spent:
-            self._loop.probe.spend_fresh()
-        return spent
-
     def _abandon(self) -> None:
         self._closed = True
         atexit.unregister(self._exit)
@@ -1036,28 +769,6 @@ class Pause:
 
     def __exit__(self, *_: object) -> None:
         self.resume()
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The module that DistributedDataParallel wraps: a forward pass through the wrapper would wait for other ranks."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    optimizers = [given] if isinstance(given, Optimizer) else list(given or ())
-    for item in optimizers:
-        if not isinstance(item, Optimizer):
-            raise ConfigurationError(f"optimizer is a {type(item).__name__}; pass a torch.optim.Optimizer.")
-    return optimizers
-
-
-def _calibrated(settings: Settings) -> Settings:
-    """Settings with what a named calibration holds, so that the journal's header says it."""
-    if not isinstance(settings.calibration, str):
-        return settings
-    from kalmanguard.calibration import load
-
-    return settings.model_copy(update={"calibration": load(settings.calibration).pairs()})
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

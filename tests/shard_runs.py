@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from kalmanguard import Settings, Supervisor
 from kalmanguard.models import load_plant
 from kalmanguard.models.vit import ViT
+from kalmanguard.sensors import shards
 from kalmanguard.sensors.shards import local
 
 from .rank_runs import FIXED, essence
@@ -67,6 +69,7 @@ def train(
     clip: float | None = None,
     again: int = 0,
     small: bool = False,
+    resume: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train on digits; ``faults`` are (kind, rank, step); ``again`` runs the last so many steps twice."""
@@ -84,13 +87,13 @@ def train(
     supervisor = None
     if mode is not None:
         chosen = Settings(**{**FIXED, "mode": mode, "rank_timeout_s": 60.0, **settings})
-        supervisor = Supervisor(
+        make = partial(Supervisor.resume, folder / "run") if resume else partial(Supervisor, run_dir=folder / "run")
+        supervisor = make(
             model,
             plant.probe_loader,
             optimizer=optimizer,
             settings=chosen.model_copy(update={"replay": bool(again)}),
             loader=plant.loader,
-            run_dir=folder / "run",
         )
     states, decisions = [digest(model, optimizer)], []
 
@@ -132,6 +135,8 @@ def train(
         found |= {"again": list(states), "from": first}
     if supervisor is not None:
         found["errors"] = supervisor.statistics()["errors"]
+        found["resumed_from"] = supervisor.resumed_from
+        found["whole"] = {name: shards.whole(p.detach()).clone() for name, p in model.named_parameters()}
         found["certificate"] = [(claim.name, claim.status) for claim in supervisor.certificate().claims]
         supervisor.close()
     return found

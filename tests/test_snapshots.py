@@ -1068,7 +1068,7 @@ def test_free_memory_heeds_control_groups(tmp_path: Path) -> None:
 def test_the_number_of_slots_follows_the_budget() -> None:
     assert slots_for(100, 750) == 7
     assert slots_for(1, 10**9, most=12) == 12
-    assert slots_for(100, 50, spill=Path("x")) == 2
+    assert slots_for(100, 50, spills=True) == 2
     assert slots_for(1, None) >= 2
     with pytest.raises(SnapshotError, match=r"of 100 bytes need 200 bytes, but the budget is 150 bytes"):
         slots_for(100, 150)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from kalmanguard.snapshots.memory import slots_for
 from kalmanguard.snapshots.pretrained import pretrained_saver
 from kalmanguard.snapshots.ring import Ring
 from kalmanguard.snapshots.state import TrainingState
+
+if TYPE_CHECKING:
+    from kalmanguard.distributed.durable import ShardedStore
 
 _DISK_BYTES_PER_S = 2e8
 #: Seconds that the end of a run waits for its last checkpoint.
@@ -47,12 +50,14 @@ class Actuator:
         The ladder's actions.
     extras
         What the user has registered.
-    folder
+    store
         Where durable checkpoints go; ``None`` for none.
+    spills
+        Whether snapshots that do not fit into memory may lie on disk.
     describe
         The supervisor's own state, which goes into each checkpoint.
-    on_durable
-        Called with step, cleanness and digest of a checkpoint once it is on disk; see `CheckpointStore`.
+    agree
+        Given whether this rank would write a checkpoint, says whether all do, where each writes a part of it.
     """
 
     def __init__(
@@ -64,17 +69,18 @@ class Actuator:
         settings: Settings,
         recovery: Recovery,
         extras: Mapping[str, Any],
-        folder: Path | None,
+        store: CheckpointStore | ShardedStore | None,
+        spills: bool,
         describe: Callable[[], Mapping[str, Any]],
-        on_durable: Callable[[int, bool, str], object] | None = None,
+        agree: Callable[[bool], bool] | None = None,
     ) -> None:
         self._model, self._tap, self.state = model, tap, state
         self._settings, self._recovery = settings, recovery
         self.ring = Ring(state, slots=MOST_SLOTS + 1)
         #: Whether there is memory to capture a state beside the ring, right before a step that looks dangerous.
         self.braces = False
-        self._folder, self._extras, self._describe = folder, extras, describe
-        self.store = CheckpointStore(folder, on_durable=on_durable) if folder is not None else None
+        self._spills, self._extras, self._describe, self._agree = spills, extras, describe, agree
+        self.store = store
         self._limit = LearningRateLimit()
         tap.effects.append(self._limit)
         self._rates: dict[int, tuple[tuple[float, ...], ...]] = {}
@@ -94,7 +100,7 @@ class Actuator:
             Fewer than two fit, and there is no run folder to keep them in.
         """
         most = MOST_SLOTS + _BRACES
-        fit = slots_for(self.state.bytes_per_slot(), self._settings.snapshot_bytes, spill=self._folder, most=most)
+        fit = slots_for(self.state.bytes_per_slot(), self._settings.snapshot_bytes, spills=self._spills, most=most)
         self.braces = fit > SMALL_RING + _BRACES
         return fit - _BRACES if self.braces else min(fit, MOST_SLOTS)
 
@@ -238,7 +244,10 @@ class Actuator:
 
     def checkpoint(self, step: int, *, clean: bool, force: bool = False) -> bool:
         """Queue a durable checkpoint of a ring slot, unless the last one was too recent for its share of time."""
-        if self.store is None or (not force and time.monotonic() < self._next_checkpoint):
+        if self.store is None:
+            return False
+        due = force or time.monotonic() >= self._next_checkpoint
+        if not (due if self._agree is None else self._agree(due)):
             return False
         started = time.monotonic()
         saved = self.store.save(
@@ -248,6 +257,11 @@ class Actuator:
         took = time.monotonic() - started + self.state.bytes_per_slot() / _DISK_BYTES_PER_S
         self._next_checkpoint = started + took / self._settings.checkpoint_share
         return saved
+
+    @property
+    def writes_together(self) -> bool:
+        """Whether a checkpoint is the work of all ranks, so that one of them cannot save alone."""
+        return self._agree is not None
 
     def wait_for_checkpoint(self) -> bool:
         """Wait until the checkpoint that was queued last is on disk; whether it is."""
@@ -264,6 +278,8 @@ class Actuator:
         return self.store.folder if self.store is not None else None
 
     def _saver(self, step: int) -> Callable[[Path], None] | None:
+        if self._agree is not None:
+            return None  # what is here is a part of the model
         if not callable(getattr(self._model, "save_pretrained", None)):
             return None
         tokenizer = next((o for o in self._extras.values() if hasattr(o, "save_pretrained")), None)

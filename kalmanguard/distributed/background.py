@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import final
 
 from kalmanguard.distributed.jobs import Job, JobQueue
@@ -27,6 +28,8 @@ class BackgroundWriter:
         Where checkpoints go; what changes in it is rank 0's doing.
     peers
         The ranks, for this thread alone.
+    on_durable
+        As for `ShardedStore`.
 
     Attributes
     ----------
@@ -34,8 +37,16 @@ class BackgroundWriter:
         What the last attempt met, on whichever rank.
     """
 
-    def __init__(self, jobs: JobQueue, rotation: Rotation, peers: Peers) -> None:
+    def __init__(
+        self,
+        jobs: JobQueue,
+        rotation: Rotation,
+        peers: Peers,
+        *,
+        on_durable: Callable[[int, bool, str], object] | None = None,
+    ) -> None:
         self.last_error: Exception | None = None
+        self._on_durable = on_durable
         self._jobs, self._rotation, self._peers = jobs, rotation, peers
         self._committing = threading.Lock()
         self._sequence: int | None = None
@@ -120,5 +131,7 @@ class BackgroundWriter:
                 return
             self._peers.all("commit a checkpoint", rename)
         if self._peers.is_first:
+            if self._on_durable is not None:
+                self._on_durable(job.step, job.clean, digest)
             with contextlib.suppress(OSError):  # the next checkpoint does it again
                 self._rotation.clear()

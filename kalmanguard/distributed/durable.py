@@ -46,6 +46,9 @@ class ShardedStore:
         Seconds after which a rank that does not answer is given up; more than the slowest disk takes for a part, since
         the ranks wait for one another in the background. The death of a process is noticed at once by the ranks that
         exchange something with it at that moment, and by the others when these leave or the time is up.
+    on_durable
+        Called on rank 0, in the background, with step, cleanness and manifest digest of a checkpoint that is on disk,
+        whole and under its final name.
 
     Raises
     ------
@@ -86,6 +89,7 @@ class ShardedStore:
         state: TrainingState,
         slots: int = 3,
         timeout_s: float = 600.0,
+        on_durable: Callable[[int, bool, str], object] | None = None,
     ) -> None:
         if slots < 2:
             raise ConfigurationError(f"slots = {slots}: at least 2 are needed, to keep one while the other is written.")
@@ -98,7 +102,7 @@ class ShardedStore:
         peers = Peers(timeout_s=timeout_s)  # for the background thread
         share_folder(self.folder, self._front)
         self._jobs = JobQueue(peers)
-        self._writer = BackgroundWriter(self._jobs, self._rotation, peers)
+        self._writer = BackgroundWriter(self._jobs, self._rotation, peers, on_durable=on_durable)
 
     def __enter__(self) -> Self:
         return self
@@ -251,6 +255,21 @@ class ShardedStore:
 
         self._front.all("restore a checkpoint", restore)
         return step, loaded.meta
+
+    @property
+    def holds_clean(self) -> bool:
+        """Whether an anchor names a last clean checkpoint; that it can be loaded, loading shows."""
+        return self._rotation.is_anchored
+
+    def last_clean_digest(self) -> str:
+        """Return the SHA-256 digest of the manifest that the anchor vouches for.
+
+        Raises
+        ------
+        SnapshotError
+            There is no anchor, or it is damaged.
+        """
+        return self._rotation.last_clean()[1]
 
     def checkpoints(self) -> dict[Path, int]:
         """Return the steps of all checkpoints with a readable manifest, oldest save first."""

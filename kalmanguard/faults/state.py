@@ -23,8 +23,9 @@ _MOMENTS: dict[Target, Which] = {"moment": "both", "first_moment": "first", "sec
 class BitFlip(StateFault):
     """One bit of one element of a parameter or of an optimizer moment flips, as in faulty memory.
 
-    The element is drawn uniformly over all matching tensors, of sharded ones over what this process holds. Bits count from 0, the last of the mantissa; ``None``
-    is the highest bit of the exponent (30 in float32, 14 in float16 and bfloat16, 62 in float64).
+    The element is drawn uniformly over all matching tensors, of sharded ones over what this process holds. Bits count
+    from 0, the last of the mantissa; ``None`` is the highest bit of the exponent (30 in float32, 14 in float16 and
+    bfloat16, 62 in float64).
     """
 
     kind: ClassVar[str] = "bit_flip"

@@ -34,9 +34,7 @@ def free_host_bytes(root: Path = Path("/")) -> int:
     return _physical() // 2
 
 
-def slots_for(
-    bytes_per_slot: int, budget_bytes: int | None, *, spill: Path | None = None, most: int = MOST_SLOTS
-) -> int:
+def slots_for(bytes_per_slot: int, budget_bytes: int | None, *, spills: bool = False, most: int = MOST_SLOTS) -> int:
     """Return how many slots the budget holds, at most ``most``.
 
     Parameters
@@ -65,7 +63,7 @@ def slots_for(
     fitting = min(most, budget // max(bytes_per_slot, 1))
     if fitting >= 2:
         return fitting
-    if spill is not None:
+    if spills:
         return 2
     origin = f"a quarter of the {free:,} bytes of free host memory" if free is not None else "snapshot_bytes"
     raise SnapshotError(
