@@ -20,12 +20,17 @@ SMALL: dict[str, list[str]] = {
     "gan": ["120"],
     "lora_with_peft": ["40"],
     "policy_gradient": ["60"],
+    "ray_train": ["200"],
+    "vit": ["60"],
     "what_if": ["120"],
 }
 #: Packages that some of them need.
-NEEDS: dict[str, str] = {"finetune_with_trainer": "transformers", "lora_with_peft": "peft"}
+NEEDS: dict[str, str] = {"finetune_with_trainer": "transformers", "lora_with_peft": "peft", "ray_train": "ray"}
 #: Warnings of those packages themselves, with each other's newest versions.
-NOISY: dict[str, list[str]] = {"lora_with_peft": ["FutureWarning"]}
+NOISY: dict[str, list[str]] = {
+    "lora_with_peft": ["FutureWarning"],
+    "ray_train": ["DeprecationWarning", "FutureWarning", "ResourceWarning"],
+}
 
 
 def test_every_example_is_run() -> None:
