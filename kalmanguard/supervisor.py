@@ -50,6 +50,7 @@ from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.optimizer import OptimizerTap
 from kalmanguard.sensors.probe import Probe
 from kalmanguard.sensors.reevaluation import BatchLoss
+from kalmanguard.sensors.skipping import SkipWatch
 from kalmanguard.sensors.suite import SensorSuite
 from kalmanguard.settings import Settings
 from kalmanguard.snapshots.memory import slots_for
@@ -233,6 +234,7 @@ class Supervisor:
             agree=None if replicas is None else replicas.largest,
         )
         self._extras: dict[str, Any] = {}
+        self._skips = SkipWatch(scaler)
         try:
             training = TrainingState(
                 self.model,
@@ -304,7 +306,8 @@ class Supervisor:
         -------
         Decision
             What was decided about this step. Without an optimizer step since the last call (gradient accumulation, a
-            step that a GradScaler skipped) the last decision is returned and nothing advances.
+            step that a GradScaler skipped) the last decision is returned and nothing advances. When the scaler skips
+            all steps, however small its scale, the newest certified state is restored.
 
         Raises
         ------
@@ -321,7 +324,10 @@ class Supervisor:
             loop.attributor.remember(batch)
         if loop.tap.paused or loop.tap.steps == 0:
             loop.tap.bind()
+            if not loop.tap.paused and self._skips.is_stuck():
+                self._unstick()
             return loop.last or _nothing_yet(loop.step)
+        self._skips.stepped()
         loop.timings.add_step(started - max(self._ended, loop.tap.other_ended_s))
         try:
             decision = loop.advance(loss)
@@ -828,6 +834,21 @@ class Supervisor:
             raise RollbackIntervention(decision.reason, decision)
         if decision.action is Action.VETO and "veto" in settings.raise_on:
             raise VetoIntervention(decision.reason, decision)
+
+    def _unstick(self) -> None:
+        """No step will be taken again: the newest certified state is restored, its scale included."""
+        loop = self._loop
+        found = (
+            f"{self._skips.calls} calls without a step, and the scaler's scale is below 2^-10: gradients are not finite"
+        )
+        if self.settings.mode != "protect" or not self._certified():
+            why = "it only observes" if self.settings.mode != "protect" else "there is no certified state yet"
+            loop.incidents.report(loop.step, f"{found}. Nothing is restored, since {why}")
+            return
+        decision = self.rollback()
+        reason = f"Step {loop.step}: {found}; the state of step {decision.restored_step} is restored."
+        loop.last = dataclasses.replace(decision, reason=reason)
+        self._announce(loop.last)
 
     def _degrade(self, fault: Exception) -> Decision:
         loop = self._loop

@@ -97,7 +97,7 @@ class Memory(TrainerCallback):
         self.base = supervisor._loop.actuator.state.base_bytes
 
 
-@pytest.mark.parametrize("mode", ["observe", "protect"])
+@pytest.mark.parametrize("mode", ["observe", pytest.param("protect", marks=pytest.mark.slow)])
 def test_a_clean_run_is_the_bare_run(mode: str, tmp_path: Path) -> None:
     bare = train(tmp_path / "bare", model=adapted(), steps=30)
     bare.train()
@@ -164,7 +164,7 @@ def test_a_resumed_run_decides_as_the_one_that_was_not_interrupted(tmp_path: Pat
     assert [essence(d) for d in again.decisions] == [essence(d) for d in whole.decisions[40:]]
 
 
-@pytest.mark.parametrize("extra", [{}, {"modules_to_save": ["ln_f"]}])
+@pytest.mark.parametrize("extra", [pytest.param({}, marks=pytest.mark.slow), {"modules_to_save": ["ln_f"]}])
 def test_the_base_is_kept_once_however_many_snapshots_there_are(extra: dict[str, Any], tmp_path: Path) -> None:
     model = adapted(**extra)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)

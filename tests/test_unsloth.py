@@ -116,7 +116,7 @@ def made(kind: str, folder: Path, **options: Any) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["plain", "accumulated", "split"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("accumulated", marks=pytest.mark.slow), "split"])
 def test_a_clean_run_is_the_bare_run(kind: str, patched: Patched, tmp_path: Path) -> None:
     accumulation = 2 if kind == "accumulated" else 1
     options: dict[str, Any] = {"steps": 30, "gradient_accumulation_steps": accumulation, "max_grad_norm": 0.5}
