@@ -845,7 +845,13 @@ class Supervisor:
             why = "it only observes" if self.settings.mode != "protect" else "there is no certified state yet"
             loop.incidents.report(loop.step, f"{found}. Nothing is restored, since {why}")
             return
-        decision = self.rollback()
+        try:
+            decision = self.rollback()
+        except RankError:
+            raise
+        except Exception as fault:
+            self._degrade(fault)
+            return
         reason = f"Step {loop.step}: {found}; the state of step {decision.restored_step} is restored."
         loop.last = dataclasses.replace(decision, reason=reason)
         self._announce(loop.last)

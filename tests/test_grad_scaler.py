@@ -21,9 +21,11 @@ from torch.nn.functional import cross_entropy
 from kalmanguard import Supervisor
 from kalmanguard.certificate.verify import verify
 from kalmanguard.faults import FaultInjector
+from kalmanguard.integrations.decisions import DecisionLog
+from kalmanguard.integrations.tracking import TrackerLog
 from kalmanguard.journal.reader import JournalReader
 from kalmanguard.models import load_plant
-from kalmanguard.records import Action
+from kalmanguard.records import Action, Decision, Level, Mode
 from kalmanguard.replay import replay
 from kalmanguard.sensors.skipping import SkipWatch
 
@@ -160,6 +162,27 @@ def test_a_scaler_that_skips_for_ever_is_helped_out(tmp_path: Path) -> None:
     loop.supervisor.close()
     assert replay(tmp_path).identical
     assert not any(claim.status == "FAILED" for claim in verify(tmp_path).claims)
+
+
+def test_a_rollback_between_two_steps_is_kept_and_written_once() -> None:
+    """Nothing was measured since the last step, so the decision has its number."""
+
+    class Run:
+        def __init__(self) -> None:
+            self.told: list[Any] = []
+
+        def log(self, numbers: dict[str, Any]) -> None:
+            self.told.append(numbers.get("kalmanguard/event"))
+
+    run, log = Run(), DecisionLog(keep=5)
+    tracker = TrackerLog(run, every=1)
+    nominal = Decision(41, Action.ACCEPT, Action.ACCEPT, Level.NOMINAL, Mode.WATCHING, "all is well")
+    undone = Decision(41, Action.ROLLBACK, Action.ROLLBACK, Level.CONFIRMED, Mode.WATCHING, "stuck", restored_step=40)
+    for decision in (nominal, nominal, undone, undone):
+        log.add(decision)
+        tracker.add(decision)
+    assert log.all() == (nominal, undone)
+    assert run.told == [None, "stuck"]
 
 
 def test_accumulation_and_a_scale_that_is_found_are_no_reason() -> None:
