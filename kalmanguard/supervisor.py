@@ -41,6 +41,7 @@ from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outcome
 from kalmanguard.sensors.attachable import Attachable
 from kalmanguard.sensors.shards import locals_of, whole
+from kalmanguard.sensors.skipping import SkipWatch
 from kalmanguard.settings import Settings
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ class Supervisor:
         )
         built = build(given, begin, owner)
         self._loop, self.settings, self.model, self.run_dir = built.loop, built.settings, built.model, built.run_dir
+        self._skips = SkipWatch(given.scaler)
         self._closed = False
         #: Step whose state `resume` has restored; ``None`` for a run that was begun anew.
         self.resumed_from: int | None = None
@@ -230,7 +232,8 @@ class Supervisor:
         -------
         Decision
             What was decided about this step. Without an optimizer step since the last call (gradient accumulation, a
-            step that a GradScaler skipped) the last decision is returned and nothing advances.
+            step that a GradScaler skipped) the last decision is returned and nothing advances. When the scaler skips
+            all steps, however small its scale, the newest certified state is restored.
 
         Raises
         ------
@@ -247,7 +250,10 @@ class Supervisor:
             loop.attributor.remember(batch)
         if loop.tap.paused or loop.tap.steps == 0:
             loop.tap.bind()
+            if not loop.tap.paused and self._skips.is_stuck():
+                self._unstick()
             return loop.last or _nothing_yet(loop.step)
+        self._skips.stepped()
         loop.timings.add_step(started - max(self._ended, loop.tap.other_ended_s))
         try:
             decision = loop.advance(loss)
@@ -728,6 +734,27 @@ class Supervisor:
             raise RollbackIntervention(decision.reason, decision)
         if decision.action is Action.VETO and "veto" in settings.raise_on:
             raise VetoIntervention(decision.reason, decision)
+
+    def _unstick(self) -> None:
+        """No step will be taken again: the newest certified state is restored, its scale included."""
+        loop = self._loop
+        found = (
+            f"{self._skips.calls} calls without a step, and the scaler's scale is below 2^-10: gradients are not finite"
+        )
+        if self.settings.mode != "protect" or not self._certified():
+            why = "it only observes" if self.settings.mode != "protect" else "there is no certified state yet"
+            loop.incidents.report(loop.step, f"{found}. Nothing is restored, since {why}")
+            return
+        try:
+            decision = self.rollback()
+        except RankError:
+            raise
+        except Exception as fault:
+            self._degrade(fault)
+            return
+        reason = f"Step {loop.step}: {found}; the state of step {decision.restored_step} is restored."
+        loop.last = dataclasses.replace(decision, reason=reason)
+        self._announce(loop.last)
 
     def _degrade(self, fault: Exception) -> Decision:
         loop = self._loop

@@ -92,6 +92,7 @@ class AccelerateGuard(Supervised):
     ) -> None:
         self._session = Session(settings_for_trainers(settings, "Accelerate"), loss_fn=loss_fn, keep=keep, logs=logs)
         self._losses: list[Tensor] = []
+        self._accelerator = accelerator
         optimizers = [_inner(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
         supervisor = self._session.begin(
             accelerator.unwrap_model(model),
@@ -127,7 +128,7 @@ class AccelerateGuard(Supervised):
         before = self.supervisor.step
         mean = sum(self._losses[1:], self._losses[0]) / len(self._losses) if self._losses else None
         decision = self._session.judge(mean, batch=batch)
-        if self.supervisor.step > before:
+        if self.supervisor.step > before or self._accelerator.sync_gradients:  # the scaler may have skipped the step
             self._losses.clear()
         assert decision is not None
         return decision

@@ -44,9 +44,16 @@ class DecisionLog:
         self._notable: list[Decision] = []
 
     def add(self, decision: Decision) -> None:
-        """Take in what was decided about a step; what is no news (no step was taken since) is left out."""
-        last = self._latest[-1].step if self._latest else 0
-        if decision.step <= last:
+        """Take in what was decided about a step; what is no news (no step was taken since) is left out.
+
+        A rollback between two steps is news.
+        """
+        last = self.last
+        if last is not None and decision.step <= last.step:
+            between = decision.step == last.step and decision.rolled_back and decision.reason != last.reason
+            if not between:
+                return
+        elif decision.step <= 0:
             return
         if len(self._latest) == self._latest.maxlen and _is_notable(self._latest[0]):
             self._notable.append(self._latest[0])

@@ -99,8 +99,13 @@ class KalmanGuardLightning(Supervised, Callback):
         self._probe_loader, self._run_dir = probe_loader, run_dir
         self._session = Session(settings_for_trainers(settings, "Lightning"), loss_fn=loss_fn, keep=keep, logs=logs)
         self._saved: object = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin to gather the losses of another step."""
         self._loss: Tensor | None = None
         self._batches = 0
+        self._reached_step = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a supervisor for this run, with the state of its checkpoint when it resumes."""
@@ -118,7 +123,7 @@ class KalmanGuardLightning(Supervised, Callback):
             "accumulation": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
         }
-        self._loss, self._batches = None, 0
+        self._forget()
         self._session.begin(
             pl_module,
             _probe_batches(trainer, self._probe_loader),
@@ -135,6 +140,7 @@ class KalmanGuardLightning(Supervised, Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge gradients where they are ready: inside the step, before they are clipped."""
         if self._session.is_open and self.supervisor is not None:
+            self._reached_step = True
             self.supervisor.gradients_ready(optimizer)
 
     def on_train_batch_end(
@@ -153,10 +159,10 @@ class KalmanGuardLightning(Supervised, Callback):
         try:
             decision = self._session.judge(self._loss, batch=batch if self._batches == 1 else None)
         except Intervention:
-            self._loss, self._batches = None, 0
+            self._forget()
             raise
-        if supervisor.step > before:
-            self._loss, self._batches = None, 0
+        if supervisor.step > before or self._reached_step:  # a step that a scaler has skipped is over too
+            self._forget()
         if decision is not None and decision.action is Action.HALT:
             trainer.should_stop = True
 

@@ -69,13 +69,17 @@ class _Log(ABC):
         if every < 1:
             raise ConfigurationError(f"every = {every}: at least every decision can be written; give a number from 1.")
         self._every, self._last, self._failed = every, 0, False
+        self._undone: str | None = None
 
     def add(self, decision: Decision) -> None:
-        """Write a decision, if it is due; one of a step that was written already is no news."""
+        """Write a decision, if it is due; one of a step that was written already is no news, but a rollback is."""
         notable = decision.level in (Level.SUSPECT, Level.CONFIRMED) or decision.action is not Action.ACCEPT
-        if self._failed or decision.step <= self._last or not (notable or decision.step - self._last >= self._every):
+        between = decision.rolled_back and decision.step == self._last and decision.reason != self._undone
+        due = decision.step > self._last and (notable or decision.step - self._last >= self._every)
+        if self._failed or not (due or between):
             return
         self._last = decision.step
+        self._undone = decision.reason if decision.rolled_back else None
         self._try(lambda: self._write(decision, decision.reason if notable else None))
 
     def close(self) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Put ``around(method, ...)`` in the place of a method of one object; returns what takes it away again.
 
+    Where the method is the class's, it is looked up at each call, so that what others put into the class later on is
+    called as well.
+
     Examples
     --------
     >>> class Greeter:
@@ -27,7 +30,8 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs)
+        present = method if own else getattr(type(owner), name).__get__(owner)
+        return around(present, *args, **kwargs)
 
     setattr(owner, name, wrapped)
 

@@ -14,7 +14,7 @@ from kalmanguard.errors import ConfigurationError, Intervention, KalmanguardErro
 from kalmanguard.integrations.huggingface.architecture import architecture
 from kalmanguard.integrations.huggingface.probing import probe_batches
 from kalmanguard.integrations.huggingface.saved import load_state, save_state
-from kalmanguard.integrations.huggingface.tap import TrainerTap, calling_trainer, torch_optimizer
+from kalmanguard.integrations.huggingface.tap import TrainerTap, calling_trainer, replaced_methods, torch_optimizer
 from kalmanguard.integrations.session import Session, Supervised, settings_for_trainers
 from kalmanguard.integrations.tracking import Log
 from kalmanguard.records import Action
@@ -93,6 +93,7 @@ class KalmanGuardCallback(Supervised, TrainerCallback):
         self._probe_dataset, self._run_dir = probe_dataset, run_dir
         self._session = Session(settings_for_trainers(settings, "a Trainer"), loss_fn=loss_fn, keep=keep, logs=logs)
         self._tap: TrainerTap | None = None
+        self._deaf = False
 
     def on_train_begin(
         self,
@@ -116,6 +117,8 @@ class KalmanGuardCallback(Supervised, TrainerCallback):
             "batch": args.train_batch_size,
             "accumulation": args.gradient_accumulation_steps,
         }
+        if replaced := replaced_methods(trainer):
+            facts["replaced_methods"] = replaced
         supervisor = self._session.begin(
             model,
             probe_batches(trainer, self._probe_dataset),
@@ -125,6 +128,7 @@ class KalmanGuardCallback(Supervised, TrainerCallback):
             scheduler=lr_scheduler,
             scaler=getattr(trainer.accelerator, "scaler", None),
         )
+        self._deaf = False
         self._tap = TrainerTap(trainer, clipped_from=supervisor.clipped_from, died=self._abandon)
         if checkpoint is not None:
             self._session.resume(lambda: load_state(Path(checkpoint)))
@@ -136,6 +140,13 @@ class KalmanGuardCallback(Supervised, TrainerCallback):
         if self._tap is None:
             return control
         loss, batch = self._tap.take()
+        if loss is None and not self._deaf:
+            self._deaf = True
+            text = (
+                f"no training_step of this Trainer was heard in step {state.global_step}: something has put another "
+                "one in its place since training began. Supervision goes on without the training loss"
+            )
+            self._session.warn(text, ConfigurationError(f"{text}."))
         try:
             decision = self._session.judge(loss, batch=batch)
         except Intervention:

@@ -38,6 +38,21 @@ def calling_trainer(callback: object) -> tuple[Any, str | None]:
     )
 
 
+def replaced_methods(trainer: Any) -> dict[str, str]:
+    """Which methods that make a step are not transformers' own but a subclass's or a patch's, and where they are from.
+
+    Examples
+    --------
+    >>> class Trainer:
+    ...     def training_step(self): ...
+    >>> replaced_methods(Trainer())
+    {'training_step': 'kalmanguard.integrations.huggingface.tap.training_step'}
+    """
+    found = {name: getattr(trainer, name, None) for name in ("_inner_training_loop", "training_step", "compute_loss")}
+    places = {name: f"{method.__module__}.{method.__name__}" for name, method in found.items() if method is not None}
+    return {name: place for name, place in places.items() if not place.startswith("transformers.")}
+
+
 def torch_optimizer(optimizer: Any, purpose: str) -> Optimizer:
     """The torch optimizer beneath accelerate's.
 
