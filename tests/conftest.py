@@ -16,6 +16,9 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
+#: A script for a process of its own, which imports what the others must not see patched.
+collect_ignore = ["unsloth_run.py"]
+
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("repeatable")
 

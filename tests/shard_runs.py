@@ -96,6 +96,7 @@ def train(
             loader=plant.loader,
         )
     states, decisions = [digest(model, optimizer)], []
+    first = _whole(model)
 
     def take(step: int) -> None:
         inputs, targets = next(plant.loader)
@@ -125,7 +126,6 @@ def train(
     found: dict[str, Any] = {"states": list(states), "decisions": [essence(decision) for decision in decisions]}
     if supervisor is not None and again:
         held = [int(slot["step"]) for slot in supervisor.statistics()["snapshots"]]
-        print(held)
         first = max(step for step in held if step <= steps - again)
         supervisor.rollback(first)
         states.clear()
@@ -136,10 +136,14 @@ def train(
     if supervisor is not None:
         found["errors"] = supervisor.statistics()["errors"]
         found["resumed_from"] = supervisor.resumed_from
-        found["whole"] = {name: shards.whole(p.detach()).clone() for name, p in model.named_parameters()}
+        found |= {"first": first, "whole": _whole(model)}
         found["certificate"] = [(claim.name, claim.status) for claim in supervisor.certificate().claims]
         supervisor.close()
     return found
+
+
+def _whole(model: nn.Module) -> dict[str, Tensor]:
+    return {name: shards.whole(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def _strike_gradient(model: nn.Module, due: list[str]) -> None:

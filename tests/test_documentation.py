@@ -65,6 +65,13 @@ def test_the_page_on_integrations_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert not any(claim.status == "FAILED" for claim in namespace["guard"].certificate.claims)
     assert (tmp_path / "out" / "checkpoint-20" / "kalmanguard.json").exists()
     assert namespace["decision"].step == 10
+
+
+def test_the_page_on_several_processes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks("docs/distributed.md"), 1):
+        exec(compile(block, f"docs/distributed.md, block {number}", "exec"), namespace)
     assert namespace["lives"] == [None, 30]
 
 

@@ -22,6 +22,7 @@ SMALL: dict[str, list[str]] = {
     "lora_with_peft": ["40"],
     "policy_gradient": ["60"],
     "ray_train": ["200"],
+    "sharded_pretraining": ["60"],
     "vit": ["60"],
     "what_if": ["120"],
 }

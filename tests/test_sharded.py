@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from kalmanguard.certificate.verify import verify
 from kalmanguard.replay import replay
 from kalmanguard.sensors import shards
 from kalmanguard.sensors.sketch import Sketch
@@ -146,6 +147,29 @@ def test_clipping_hides_no_explosion(tmp_path: Path) -> None:
     assert [decision[0] for decision in acted] == [40]
 
 
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(2, "fsdp"), pytest.param(4, "fsdp", marks=_SLOW), pytest.param(4, "2d", marks=_SLOW)],
+)
+def test_a_run_is_resumed_on_as_many_ranks_as_there_are(size: int, layout: str, tmp_path: Path) -> None:
+    """A run of two ranks, closed with its last certified state on disk, goes on with that state, however it is cut."""
+    before = agreeing(launch(train, 2, tmp_path, steps=40))
+    for rank in range(2):
+        (tmp_path / f"rank{rank}.pt").unlink()
+    (tmp_path / "store").unlink(missing_ok=True)
+    after = agreeing(launch(train, size, tmp_path, layout=layout, steps=20, resume=True))
+    assert len(after) == size
+    for rank in after:
+        assert rank["resumed_from"] == 40
+        for name, value in before[0]["whole"].items():
+            assert torch.equal(rank["first"][name], value), name
+    if (size, layout) == (2, "fsdp"):
+        assert [rank["states"][0] for rank in after] == [rank["states"][40] for rank in before]
+    report = verify(tmp_path / "run")
+    assert report.exit_code == 0, str(report)
+    assert {claim.name: claim.status for claim in report.claims}["durable"] == "HOLDS"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "size"), [("fsdp", 2), ("fsdp", 4), ("2d", 4)])
 def test_steps_after_a_rollback_are_the_same_steps_again(layout: str, size: int, tmp_path: Path) -> None:
@@ -168,3 +192,87 @@ def test_decisions_are_equal_in_ten_thousand_steps_with_faults_on_random_ranks(t
     )
     acted = [decision for decision in ranks[0]["decisions"] if decision[1] != "ACCEPT"]
     assert len(acted) >= len(faults) // 2
+
+
+# -- frameworks --------------------------------------------------------------------------------------------------------
+
+
+def _lightning(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Lightning's own strategy for FSDP2; a gradient of rank 1 that is no number in step 30."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from kalmanguard import Settings
+    from kalmanguard.integrations.lightning import KalmanGuardLightning
+    from kalmanguard.models import load_plant
+
+    from .rank_runs import FIXED, essence
+
+    plant = load_plant("vit")(seed=0)
+    batches = [next(plant.loader) for _ in range(40)]
+    states = []
+
+    class Digits(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = plant.model
+
+        def configure_model(self) -> None:
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.net.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.net(images)
+            return logits
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        validation_step = training_step
+
+        def on_after_backward(self) -> None:
+            if (rank, self.global_step) == (1, 29):
+                for p in self.parameters():
+                    if p.grad is not None:
+                        shards.local(p.grad).fill_(torch.nan)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            states.append([shards.local(p.detach()).sum().item() for p in self.parameters()])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+        def train_dataloader(self) -> Any:
+            inputs, targets = zip(*batches, strict=True)
+            return DataLoader(TensorDataset(torch.cat(inputs), torch.cat(targets)), batch_size=32)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(*plant.probe_loader[0]), batch_size=64)
+
+    guard = KalmanGuardLightning(settings=Settings(**FIXED))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=size, max_steps=40, callbacks=[guard], logger=False, enable_checkpointing=False,
+        strategy=ModelParallelStrategy(process_group_backend="gloo"), enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    module = Digits()
+    trainer.fit(module)
+    assert all(shards.is_sharded(p) for p in module.parameters())
+    assert guard.supervisor is not None
+    return {
+        "decisions": [essence(decision) for decision in guard.decisions],
+        "errors": guard.supervisor.statistics()["errors"],
+        "states": states,
+    }
+
+
+@pytest.mark.slow
+def test_lightning_with_sharded_parameters(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    for rank in agreeing(launch(_lightning, 2, tmp_path)):
+        assert [decision[:2] for decision in rank["decisions"] if decision[1] != "ACCEPT"] == [(30, "VETO")]
+        assert len(rank["decisions"]) == 40

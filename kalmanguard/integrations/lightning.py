@@ -64,7 +64,7 @@ class KalmanGuardLightning(Supervised, Callback):
     ------
     ConfigurationError
         At construction: unknown settings, ``keep`` below 1, ``settings.replay``. At the beginning of training: no
-        held-out examples, a loss that cannot be inferred, sharded parameters, an optimizer that is not torch's.
+        held-out examples, a loss that cannot be inferred, an optimizer that is not torch's.
     JournalError, SnapshotError
         At the beginning of training: the run folder cannot be written, or memory cannot hold two snapshots.
 
