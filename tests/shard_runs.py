@@ -20,6 +20,7 @@ from kalmanguard.models.vit import ViT
 from kalmanguard.sensors import shards
 from kalmanguard.sensors.shards import local
 
+from . import rank_death_runs
 from .rank_runs import FIXED, essence
 
 #: Meshes by layout: which dimensions replicate, shard, and split the forward pass.
@@ -70,9 +71,14 @@ def train(
     again: int = 0,
     small: bool = False,
     resume: bool = False,
+    doom: tuple[int, str, int] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on digits; ``faults`` are (kind, rank, step); ``again`` runs the last so many steps twice."""
+    """Train on digits.
+
+    ``faults`` are (kind, rank, step); ``again`` runs the last so many steps twice; ``doom`` is the rank that is killed,
+    the place (see `rank_death_runs.PLACES`), and the step from which that may happen.
+    """
     warnings.simplefilter("ignore")
     plant = load_plant("vit")(seed=0, batch_size=16 if small else 64)
     model, loss_fn = plant.model, nn.functional.cross_entropy
@@ -95,10 +101,16 @@ def train(
             settings=chosen.model_copy(update={"replay": bool(again)}),
             loader=plant.loader,
         )
+    if doom is not None and doom[0] == rank:
+        rank_death_runs.PLACES[doom[1]](folder)
     states, decisions = [digest(model, optimizer)], []
     first = _whole(model)
 
     def take(step: int) -> None:
+        if doom is not None and step == doom[2]:
+            assert supervisor is not None
+            supervisor._loop.actuator.wait_for_checkpoint()
+            rank_death_runs.armed = rank == doom[0]
         inputs, targets = next(plant.loader)
         piece = slice(len(targets) * part // parts, len(targets) * (part + 1) // parts)
         loss = loss_fn(model(inputs[piece]), targets[piece])

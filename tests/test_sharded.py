@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,36 @@ def test_a_run_is_resumed_on_as_many_ranks_as_there_are(size: int, layout: str, 
     report = verify(tmp_path / "run")
     assert report.exit_code == 0, str(report)
     assert {claim.name: claim.status for claim in report.claims}["durable"] == "HOLDS"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "victim", "size"),
+    [("capture", 1, 2), ("capture", 0, 4), ("intent", 0, 2), ("between tensors", 1, 2), ("between tensors", 3, 4)],
+)
+def test_a_rank_is_killed_in_a_snapshot_or_a_rollback(place: str, victim: int, size: int, tmp_path: Path) -> None:
+    """The others are told; what is on disk is whole, and all of what the journal calls durable is there."""
+    faults = (("flip", size - 1, 47),) if place != "capture" else ()
+    options = {"steps": 80, "checkpoint_share": 0.5, "rank_timeout_s": 15.0}
+    found = launch(train, size, tmp_path, doom=(victim, place, 45), faults=faults, **options)
+    assert found[victim] is None
+    assert (tmp_path / "death").exists(), "nobody came to the place"
+    for rank in (*range(victim), *range(victim + 1, size)):
+        assert isinstance(found[rank], str), found[rank]
+        assert "Error" in found[rank]
+    before = verify(tmp_path / "run")
+    said = {claim.name: claim for claim in before.claims}
+    assert (said["run"].status, said["durable"].status) == ("INCOMPLETE", "HOLDS")
+    after = []
+    for number in range(2):
+        folder = tmp_path / f"after-{number}"
+        folder.mkdir()
+        shutil.copytree(tmp_path / "run", folder / "run")
+        after.append(agreeing(launch(train, 2, folder, steps=20, resume=True)))
+    assert [rank["states"] for rank in after[0]] == [rank["states"] for rank in after[1]]
+    assert f"the last is the state of step {after[0][0]['resumed_from']}," in said["durable"].text
+    report = verify(tmp_path / "after-0" / "run")
+    assert report.exit_code == 0, str(report)
 
 
 @pytest.mark.slow
