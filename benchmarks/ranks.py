@@ -38,13 +38,13 @@ class Ranks(Benchmark):
         runs = [(recipe, steps // 5 if options.quick else steps) for recipe, steps in RUNS if recipe in options.recipes]
         seeds = range(options.seeds or (1 if options.quick else 3))
         # In turns, so that a busy minute of the machine meets all numbers of ranks alike.
-        timed = [
+        found = [
             {"recipe": recipe, "ranks": ranks, "steps": steps, **timed(recipe, steps, seed, ranks)}
             for recipe, steps in runs
             for seed in seeds
             for ranks in options.ranks
         ]
-        return {"runs": timed}
+        return {"runs": found}
 
     def markdown(self, result: Result) -> str:
         rows = []

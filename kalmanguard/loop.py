@@ -330,7 +330,7 @@ class Loop:
         except Exception as fault:
             what = f"the state of step {self.step} could not be captured: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)
-        if self.replicas is not None and not self.replicas.smallest(int(ring.braced is not None)):
+        if self.replicas is not None and not self.replicas.all(ring.braced is not None):
             ring.braced = None
 
     def _keep(self, decision: Decision) -> None:
@@ -344,7 +344,7 @@ class Loop:
         if decision.orders.snapshot:
             # The engine must not count on a state that the ring does not hold, of this rank or of another.
             held = decision.step in self.actuator.ring.steps()
-            self._snapshot_failed = not (held if self.replicas is None else self.replicas.smallest(int(held)))
+            self._snapshot_failed = not (held if self.replicas is None else self.replicas.all(held))
 
     def veto(self, drop: Callable[[], None]) -> None:
         """Carry a veto out: called in the middle of the step, before its update is applied."""

@@ -40,7 +40,7 @@ from kalmanguard.journal.header import environment
 from kalmanguard.journal.writer import JournalWriter
 from kalmanguard.records import Action, Decision, Level, Measurement, Mode, Outcome
 from kalmanguard.sensors.attachable import Attachable
-from kalmanguard.sensors.shards import locals_of, whole
+from kalmanguard.sensors.shards import is_sharded, locals_of, whole
 from kalmanguard.sensors.skipping import SkipWatch
 from kalmanguard.settings import Settings
 
@@ -596,23 +596,34 @@ class Supervisor:
     def save(self, folder: str | Path) -> Path:
         """Save the model for use elsewhere: by its ``save_pretrained`` with a registered tokenizer, else safetensors.
 
+        In several processes rank 0 writes; where parameters are sharded, every rank must call it.
+
         Returns
         -------
         Path
             The folder.
         """
-        folder = Path(folder)
+        folder, replicas = Path(folder), self._loop.replicas
+        sharded = any(is_sharded(p) for p in self.model.parameters())
+        # Every rank has to give its shards; of what is whole then, one copy is enough.
+        state = {name: whole(value) for name, value in self.model.state_dict().items()} if sharded else None
+        if replicas is not None and not replicas.is_first:
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
         save = getattr(self.model, "save_pretrained", None)
         if callable(save):
-            save(folder)
+            save(folder, **({} if state is None else {"state_dict": state}))
             for other in self._extras.values():
                 if hasattr(other, "save_pretrained"):
                     other.save_pretrained(folder)
-        else:
+        elif state is None:
             from safetensors.torch import save_model
 
             save_model(self.model, str(folder / "model.safetensors"))
+        else:
+            from safetensors.torch import save_file
+
+            save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
         return folder
 
     def state_dict(self) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def train(
         found["errors"] = supervisor.statistics()["errors"]
         found["resumed_from"] = supervisor.resumed_from
         found |= {"first": first, "whole": _whole(model)}
+        supervisor.save(folder / "saved")
         found["certificate"] = [(claim.name, claim.status) for claim in supervisor.certificate().claims]
         supervisor.close()
     return found

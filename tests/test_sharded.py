@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -160,6 +161,8 @@ def test_a_run_is_resumed_on_as_many_ranks_as_there_are(size: int, layout: str, 
     (tmp_path / "store").unlink(missing_ok=True)
     after = agreeing(launch(train, size, tmp_path, layout=layout, steps=20, resume=True))
     assert len(after) == size
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in after[0]["whole"].items())
     for rank in after:
         assert rank["resumed_from"] == 40
         for name, value in before[0]["whole"].items():

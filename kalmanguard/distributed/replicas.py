@@ -226,6 +226,10 @@ class Replicas:
             return 0, 1
         return int((mesh.reshape(-1) == self.rank).nonzero()[0]), mesh.numel()
 
+    def all(self, flag: bool) -> bool:
+        """Whether something is so on every rank."""
+        return float(self._added("compare a flag", np.array([float(flag)]))[0]) == self.size
+
     def smallest(self, number: int) -> int:
         """The smallest of whole numbers, such as what memory allows."""
         return int(self._gathered("compare numbers", np.array([float(number)])).min())

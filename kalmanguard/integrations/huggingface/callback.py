@@ -56,8 +56,8 @@ class KalmanGuardCallback(Supervised, TrainerCallback):
     ------
     ConfigurationError
         At construction: unknown settings, ``keep`` below 1. At the beginning of training: no held-out examples, a
-        loss that cannot be inferred, an optimizer that is not torch's, ``settings.replay`` (a Trainer's loader cannot be
-        rewound in mid-epoch).
+        loss that cannot be inferred, an optimizer that is not torch's, ``settings.replay`` (a loader of the Trainer's
+        cannot be rewound in mid-epoch).
     JournalError, SnapshotError
         At the beginning of training: the run folder cannot be written, or memory cannot hold two snapshots.
 
