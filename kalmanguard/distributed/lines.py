@@ -86,7 +86,9 @@ class Lines:
         """
         listener, own = None, None
         with suppress(OSError):
-            listener = socket.create_server(("", 0), backlog=128)
+            # Where torchrun says that all ranks are on this machine, nobody else is to hear of it.
+            alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+            listener = socket.create_server(("127.0.0.1" if alone else "", 0), backlog=128)
             own = _Post(_host(), _address(), listener.getsockname()[1], secrets.token_bytes(_TOKEN_BYTES))
         posts = [post for post in tell(own) if post is not None]
         lines: dict[int, socket.socket] = {}
