@@ -133,18 +133,19 @@ def train(
             decisions.append(supervisor.update(loss))
         states.append(digest(model, optimizer))
 
+    begin = steps - again
     for step in range(1, steps + 1):
         take(step)
+        if supervisor is not None and again and step == begin:
+            supervisor.snapshot()
     found: dict[str, Any] = {"states": list(states), "decisions": [essence(decision) for decision in decisions]}
     if supervisor is not None and again:
-        held = [int(slot["step"]) for slot in supervisor.statistics()["snapshots"]]
-        first = max(step for step in held if step <= steps - again)
-        supervisor.rollback(first)
+        supervisor.rollback(begin)
         states.clear()
         states.append(digest(model, optimizer))
         for step in range(again):
             take(steps + 1 + step)
-        found |= {"again": list(states), "from": first}
+        found |= {"again": list(states), "from": begin}
     if supervisor is not None:
         found["errors"] = supervisor.statistics()["errors"]
         found["resumed_from"] = supervisor.resumed_from
