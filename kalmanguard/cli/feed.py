@@ -117,12 +117,12 @@ class Feed:
     Notes
     -----
     The database is opened read-only for each poll and let go of at once, in short reads: the writer is never kept from
-    folding its log. About 20 us a step.
+    folding its log. About 30 us a step on the first reading; 1,000,000 steps take half a minute, in slices.
     """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
-        self.phase, self.trouble = Phase.WAITING, f"Waiting for {name}: there is no journal yet."
+        self.phase, self.trouble = Phase.WAITING, f"Waiting for a journal in {name}; there is none yet."
         self.run = RunState()
         self.total = 0
         self.speed: float | None = None
@@ -280,7 +280,7 @@ def printable(text: str) -> str:
     >>> printable(f"step 3{chr(27)}[2J")
     'step 3?[2J'
     """
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def _written(file: Path) -> float:

@@ -80,7 +80,10 @@ def _once(watch: Watch, *, as_json: bool) -> None:
     watch.poll(math.inf)
     watch.verify()
     if len(watch.feeds) == 1 and not watch.feeds[0].readable:
-        raise JournalError(watch.feeds[0].trouble)
+        feed = watch.feeds[0]
+        if feed.phase == "waiting":
+            raise JournalError(f"There is no journal in {feed.name} yet; without --once it is waited for.")
+        raise JournalError(feed.trouble)
     if as_json:
         emit(watch.to_dict())
     else:

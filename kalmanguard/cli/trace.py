@@ -39,39 +39,44 @@ class Trace:
         self.low, self.high = math.inf, -math.inf
         self.not_finite = 0
         self._width = 1
-        #: Per stretch: its last step, lowest and highest value; nan as the highest once a value was not finite.
-        self._stretches: dict[int, tuple[int, float, float]] = {}
+        #: Per stretch: its last step, lowest finite and highest value; nan as the highest once one was not finite.
+        self._stretches: dict[int, list[float]] = {}
 
     def add(self, step: int, value: float) -> None:
         """Take in a value. Steps may come again, as they do in a run that was resumed."""
         self.last = value
         if math.isfinite(value):
             self.low, self.high = min(self.low, value), max(self.high, value)
+            low = value
         else:
             self.not_finite += 1
-            value = math.nan
-        self._keep(step // self._width, (step, value, value))
+            low, value = math.inf, math.nan
+        self._keep(step // self._width, step, low, value)
         while len(self._stretches) > _CAPACITY:
             self._double()
 
     def _double(self) -> None:
         finer, self._stretches = self._stretches, {}
         self._width *= 2
-        for index, stretch in finer.items():
-            self._keep(index // 2, stretch)
+        for index, (step, low, high) in finer.items():
+            self._keep(index // 2, step, low, high)
 
-    def _keep(self, index: int, stretch: tuple[int, float, float]) -> None:
-        if (known := self._stretches.get(index)) is not None:
-            highest = max(known[2], stretch[2]) if not math.isnan(known[2] + stretch[2]) else math.nan
-            # min() of a number and nan depends on their order.
-            lows = [low for low in (known[1], stretch[1]) if not math.isnan(low)]
-            stretch = max(known[0], stretch[0]), min(lows, default=math.nan), highest
-        self._stretches[index] = stretch
+    def _keep(self, index: int, step: float, low: float, high: float) -> None:
+        known = self._stretches.get(index)
+        if known is None:
+            self._stretches[index] = [step, low, high]
+            return
+        known[0] = max(known[0], step)
+        if low < known[1]:
+            known[1] = low
+        # A nan once there stays: no comparison with it is true.
+        if not high <= known[2] and known[2] == known[2]:
+            known[2] = high
 
     def highs(self) -> list[Point]:
         """Last step and highest value of every stretch, in order; nan where a value was not finite."""
-        return sorted((step, high) for step, _, high in self._stretches.values())
+        return [(step, high) for step, _, high in sorted(self._stretches.values())]
 
     def lows(self) -> list[Point]:
-        """Last step and lowest finite value of every stretch, in order."""
-        return sorted((step, low) for step, low, _ in self._stretches.values())
+        """Last step and lowest finite value of every stretch that has one, in order."""
+        return [(step, low) for step, low, _ in sorted(self._stretches.values()) if low < math.inf]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -93,7 +93,7 @@ class Watch:
             return glance(feeds[0], self.judge(feeds[0]), people, height=height)
         return self._table(feeds, people, height)
 
-    def _table(self, feeds: list[Feed], people: Console, height: int | None) -> Table:
+    def _table(self, feeds: list[Feed], people: Console, height: int | None) -> RenderableType:
         wide, widest = people.width >= 72, people.width >= 110
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), expand=True)
         table.add_column("run", ratio=2, no_wrap=True, overflow="ellipsis")
@@ -106,12 +106,14 @@ class Watch:
         if widest:
             table.add_column("certificate", no_wrap=True)
             table.add_column("probe loss over the run", no_wrap=True, width=24)
-        room = len(feeds) if height is None or len(feeds) < height else max(1, height - 2)
+        troubles = [Text(feed.trouble, style="yellow") for feed in feeds if feed.trouble]
+        told = sum(len(text.wrap(people, people.width)) for text in troubles)
+        room = len(feeds) if height is None or len(feeds) + told < height else max(1, height - told - 2)
         for feed in feeds[:room]:
             self._row(table, feed, people, wide=wide, widest=widest)
         if room < len(feeds):
             table.add_row(Text(f"... {len(feeds) - room:,} more", style="dim"))
-        return table
+        return Group(table, *troubles)
 
     def _row(self, table: Table, feed: Feed, people: Console, *, wide: bool, widest: bool) -> None:
         health, run = self.judge(feed), feed.run
