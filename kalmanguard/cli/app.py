@@ -10,6 +10,7 @@ from kalmanguard.cli.analyze import analyze
 from kalmanguard.cli.calibrate import calibrate
 from kalmanguard.cli.compare import compare
 from kalmanguard.cli.demo import demo
+from kalmanguard.cli.doctor import doctor
 from kalmanguard.cli.monitor import monitor
 from kalmanguard.cli.replay import replay
 from kalmanguard.cli.run import run
@@ -51,6 +52,7 @@ _PANELS = {
     "Train": (demo, run),
     "Watch and check": (monitor, show, verify, replay),
     "Analyse": (analyze, compare, calibrate),
+    "Set up": (doctor,),
 }
 for panel, commands in _PANELS.items():
     for command in commands:

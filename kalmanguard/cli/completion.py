@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-
-from kalmanguard.cli.options import FAULT_KINDS
 
 _JOURNAL = "journal.sqlite"
 #: As `kalmanguard.settings.PRESETS` names them; that module is not loaded for a key stroke.
 PRESETS = ("conservative", "balanced", "aggressive")
 
 
-def complete_runs(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Folders that hold a run, or lead on: ``ru`` gives ``runs/``, ``runs/`` gives the runs in it."""
+def complete_runs(incomplete: str) -> Iterator[str]:
+    """Run folders: those where the user is typing, and those in folders right below."""
+    for folder in _folders(incomplete):
+        if _is_run(folder):
+            yield folder
+        else:
+            yield from _runs_in(folder)
+
+
+def complete_watched(incomplete: str) -> Iterator[str]:
+    """Run folders, and folders of them."""
+    for folder in _folders(incomplete):
+        below = [] if _is_run(folder) else _runs_in(folder)
+        if below or _is_run(folder):
+            yield folder
+        yield from below
+
+
+def _folders(incomplete: str) -> list[str]:
     base, stem = os.path.split(incomplete)
     try:
-        entries = sorted(entry.name for entry in os.scandir(base or ".") if entry.is_dir())
+        with os.scandir(base or ".") as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
     except OSError:
-        return
-    for name in entries:
-        if name.startswith(stem) and (stem.startswith(".") or not name.startswith(".")):
-            path = os.path.join(base, name)
-            if os.path.exists(os.path.join(path, _JOURNAL)):
-                yield path, "a run"
-            elif _leads_on(Path(path)):
-                yield f"{path}/", "a folder with runs"
+        return []
+    hidden = stem.startswith(".")
+    return [os.path.join(base, name) for name in names if name.startswith(stem) and (hidden or name[0] != ".")]
 
 
-def _leads_on(folder: Path) -> bool:
+def _runs_in(folder: str) -> list[str]:
     try:
-        return any(os.path.exists(os.path.join(entry.path, _JOURNAL)) for entry in os.scandir(folder))
+        with os.scandir(folder) as entries:
+            return sorted(entry.path for entry in entries if _is_run(entry.path))
     except OSError:
-        return False
+        return []
+
+
+def _is_run(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, _JOURNAL))
 
 
 def complete_plants(incomplete: str) -> list[str]:
@@ -45,15 +60,17 @@ def complete_plants(incomplete: str) -> list[str]:
 
 def complete_settings(incomplete: str) -> list[str]:
     """Presets, and TOML files of the folder that is being typed."""
-    presets = [name for name in PRESETS if name.startswith(incomplete)]
     base, stem = os.path.split(incomplete)
     try:
         names = sorted(os.listdir(base or "."))
     except OSError:
         names = []
+    presets = [name for name in PRESETS if name.startswith(incomplete)]
     return presets + [os.path.join(base, name) for name in names if name.startswith(stem) and name.endswith(".toml")]
 
 
 def complete_faults(incomplete: str) -> list[str]:
-    """Kinds of faults, up to the step that is still to be given."""
-    return [f"{kind}" for kind in FAULT_KINDS.split(", ") if kind.startswith(incomplete)]
+    """Kinds of faults; the step is still to be given."""
+    from kalmanguard.cli.options import FAULT_KINDS
+
+    return [kind for kind in FAULT_KINDS.split(", ") if kind.startswith(incomplete)]

@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from kalmanguard.cli.completion import complete_runs
+from kalmanguard.cli.completion import complete_watched
 from kalmanguard.cli.options import AsJson
 from kalmanguard.cli.terminal import console, emit
 from kalmanguard.errors import JournalError
@@ -34,7 +34,7 @@ def monitor(
         typer.Argument(
             metavar="[RUN]...",
             help="Run folders, or folders of run folders; they need not exist yet. [default: runs]",
-            autocompletion=complete_runs,
+            autocompletion=complete_watched,
             show_default=False,
         ),
     ] = None,
