@@ -68,6 +68,8 @@ class RunState:
     rollbacks: int = 0
     vetoes: int = 0
     suspicions: int = 0
+    halts: int = 0
+    resumes: int = 0
     errors: int = 0
     event_count: int = 0
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=_EVENTS))
@@ -263,11 +265,13 @@ class Feed:
         if kind == "outcome" and data.get("restored_step") is not None:
             halted = data.get("action") == Action.HALT
             run.rollbacks += not halted
+            run.halts += halted
             run.marks.append((step, "H" if halted else "R"))
         elif kind == "error":
             run.errors += 1
             run.notes.append(printable(f"fault inside the supervisor at step {step}: {data.get('text', '')}"))
         elif kind == "resume":
+            run.resumes += 1
             run.marks.append((step, "S"))
             run.notes.append(f"step {step:,}: {'begun anew' if data.get('anew') else 'resumed from a checkpoint'}")
         elif kind == "objective":

@@ -18,7 +18,6 @@ _LABEL = 11
 _BESIDE = 110  # from this width on a curve stands beside its numbers
 _NUMBERS = 46
 _MARK_STYLES = {"R": "magenta", "V": "yellow", "H": "bold red", "S": "cyan"}
-_MARK_WORDS = {"R": "rollback", "V": "veto", "H": "halt", "S": "resumed"}
 _RANK = "VSRH"  # of the marks that fall into one column the gravest is shown
 
 
@@ -48,6 +47,8 @@ def glance(feed: Feed, health: Health, people: Console, *, height: int | None = 
 def _headline(feed: Feed, health: Health) -> Text:
     text = Text.assemble((f" {health.word} ", HEALTH_STYLES[health.word] + " reverse"), " ", (feed.name, "bold"))
     text.append(f"  step {feed.run.step:,}, {_phase(feed)}")
+    if feed.run.header.get("settings", {}).get("mode") == "observe":
+        text.append(", observed only")
     if feed.speed is not None and feed.phase is Phase.RUNNING:
         text.append(f", {number(feed.speed, 3)} steps/s")
     return text.append(f"\n{health.sentence}", style="default")
@@ -86,7 +87,7 @@ def _rows(run: RunState) -> Iterator[tuple[str, Text, Trace | None]]:
     held = f" (x{run.lr_factor:g} by recovery)" if run.lr_factor != 1 else ""
     yield "Learn rate", Text(f"{_spread(run.rate)}{held}"), run.rate
     yield "Gradient", Text(_spread(run.gradient)), run.gradient
-    yield "Done", Text(done(run)), None
+    yield "Done", Text(done(run, letters=True)), None
     yield "Certificate", certificate(run), None
     for note in run.notes:
         yield "Noted", Text(note, style="yellow"), None
@@ -117,12 +118,18 @@ def give_back(run: RunState) -> str:
     return f"{100 * lost:.1f} % of the progress, {100 * allowed:.0f} % allowed"
 
 
-def done(run: RunState) -> str:
-    """What the supervisor did, counted."""
-    counts = (("rollback", run.rollbacks), ("veto", run.vetoes), ("suspicion", run.suspicions))
+def done(run: RunState, *, letters: bool = False) -> str:
+    """What the supervisor did, counted; with the ``letters`` that mark it below the curve."""
+    counted = [("rollback", run.rollbacks, "R"), ("veto", run.vetoes, "V"), ("suspicion", run.suspicions, "")]
+    counted += [("halt", run.halts, "H"), ("resume", run.resumes, "S")]
     plurals = {"veto": "vetoes"}
-    text = ", ".join(f"{n:,} {noun if n == 1 else plurals.get(noun, noun + 's')}" for noun, n in counts)
-    return text + (f"; {run.errors:,} faults of its own" if run.errors else "")
+    parts = [
+        f"{count:,} {noun if count == 1 else plurals.get(noun, noun + 's')}"
+        + (f" ({letter})" if letters and letter and count else "")
+        for noun, count, letter in counted
+        if count or letter not in ("H", "S")
+    ]
+    return ", ".join(parts) + (f"; {run.errors:,} faults of its own" if run.errors else "")
 
 
 def certificate(run: RunState) -> Text:
@@ -152,17 +159,13 @@ def _curves(run: RunState, trace: Trace, people: Console, width: int) -> list[Te
 
 
 def marks_line(run: RunState, width: int) -> Text:
-    """Letters below a curve, at the steps of rollbacks, vetoes, halts and resumes, with what they mean."""
+    """Letters below a curve, at the steps of rollbacks (R), vetoes (V), halts (H) and resumes (S)."""
     cells = [" "] * width
     for step, letter in run.marks:
         at = min(width - 1, max(0, math.ceil(step / max(1, run.step) * width) - 1))
         if cells[at] == " " or _RANK.index(letter) > _RANK.index(cells[at]):
             cells[at] = letter
     text = Text("".join(cells).rstrip(), no_wrap=True, overflow="crop")
-    shown = [letter for letter in _MARK_WORDS if letter in cells]
-    legend = "  " + ", ".join(f"{letter} {_MARK_WORDS[letter]}" for letter in shown)
-    if len(text) + len(legend) <= width:
-        text.append(legend, style="dim")
     for letter, style in _MARK_STYLES.items():
         text.highlight_regex(rf"\b{letter}+\b", style)
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from kalmanguard.cli.terminal import ExitCode, blocks_fit, number, sparkline
 from kalmanguard.journal.schema import FILE_NAME
 
 _ABSENT = {Phase.WAITING: "WAITING", Phase.VANISHED: "VANISHED", Phase.UNREADABLE: "UNREADABLE"}
+
+_PHASES = 60  # from this width on it is said whether a run is closed
 
 
 class Watch:
@@ -109,21 +112,22 @@ class Watch:
         troubles = [Text(feed.trouble, style="yellow") for feed in feeds if feed.trouble]
         told = sum(len(text.wrap(people, people.width)) for text in troubles)
         room = len(feeds) if height is None or len(feeds) + told < height else max(1, height - told - 2)
+        above = os.path.commonpath([os.path.dirname(feed.name) for feed in feeds]) if _relatives(feeds) else ""
         for feed in feeds[:room]:
-            self._row(table, feed, people, wide=wide, widest=widest)
-        if room < len(feeds):
-            table.add_row(Text(f"... {len(feeds) - room:,} more", style="dim"))
-        return Group(table, *troubles)
+            name = os.path.relpath(feed.name, above) if above else feed.name
+            self._row(table, feed, name, people, wide=wide, widest=widest)
+        more = [Text(f"... {len(feeds) - room:,} more", style="dim")] if room < len(feeds) else []
+        return Group(table, *more, *troubles)
 
-    def _row(self, table: Table, feed: Feed, people: Console, *, wide: bool, widest: bool) -> None:
+    def _row(self, table: Table, feed: Feed, name: str, people: Console, *, wide: bool, widest: bool) -> None:
         health, run = self.judge(feed), feed.run
         word = Text(health.word, style=HEALTH_STYLES[health.word])
         if not feed.readable:
-            table.add_row(feed.name, word)
+            table.add_row(name, word)
             return
-        if feed.phase is not Phase.RUNNING:
+        if feed.phase is not Phase.RUNNING and people.width >= _PHASES:
             word.append(f" {feed.phase.value}", style="dim")
-        cells: list[RenderableType] = [feed.name, word, f"{run.step:,}", number(run.probe.last)]
+        cells: list[RenderableType] = [name, word, f"{run.step:,}", number(run.probe.last)]
         if wide:
             bound = run.bound if math.isfinite(run.bound) else None
             cells += [number(bound), number(run.best), f"{run.rollbacks:,}", f"{run.vetoes:,}"]
@@ -190,6 +194,11 @@ class Watch:
                 "verified": None if run.verified is None else run.verified.to_dict(),
             },
         }
+
+
+def _relatives(feeds: Sequence[Feed]) -> bool:
+    """Whether the names are all absolute or all relative, so that they may have folders in common."""
+    return len({os.path.isabs(feed.name) for feed in feeds}) == 1
 
 
 def _runs_in(path: Path) -> list[Path]:
