@@ -24,8 +24,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kalmanguard.certificate.verify import verify
+from kalmanguard.cli import runstate
 from kalmanguard.cli.app import app
 from kalmanguard.cli.feed import Feed, Phase
+from kalmanguard.cli.glimpse import glimpse
 from kalmanguard.cli.health import HEALTH_STYLES, judge
 from kalmanguard.cli.summary import summarise
 from kalmanguard.cli.trace import Trace
@@ -159,6 +161,25 @@ def test_every_row_is_read_once_while_another_writes(trained: Path, tmp_path: Pa
         whole.run.give_back,
     )
     assert not Path(f"{tmp_path / 'again' / FILE_NAME}-wal").exists(), "the reader must not keep the log from folding"
+
+
+def test_what_is_read_of_an_uneventful_step_is_what_decoding_gives(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = Feed(trained, "run")
+    quick.poll()
+    counted = []
+    monkeypatch.setattr(runstate, "glimpse", lambda body: counted.append(glimpse(body) is not None))
+    slow = Feed(trained, "run")
+    slow.poll()
+    assert slow.run.step == STEPS
+    assert 0.5 < sum(counted) / len(counted) < 1, "most steps are read quickly, and not all"
+    for name in ("loss", "probe", "gradient", "rate"):
+        np.testing.assert_array_equal(getattr(quick.run, name).highs(), getattr(slow.run, name).highs())
+        setattr(quick.run, name, None)
+        setattr(slow.run, name, None)
+    quick.run.silent_s = slow.run.silent_s
+    assert quick.run == slow.run
 
 
 def test_a_long_journal_is_read_in_slices(trained: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kalmanguard.cli.feed import Feed, Phase, RunState
+from kalmanguard.cli.feed import Feed, Phase
 from kalmanguard.cli.health import HEALTH_STYLES, Health
+from kalmanguard.cli.runstate import RunState
 from kalmanguard.cli.terminal import STYLES, blocks_fit, number, sparkline, status
 from kalmanguard.cli.trace import Trace
 

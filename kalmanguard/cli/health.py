@@ -9,7 +9,7 @@ from kalmanguard.cli.terminal import duration, number
 from kalmanguard.records import Action, Level, Mode
 
 if TYPE_CHECKING:
-    from kalmanguard.cli.feed import RunState
+    from kalmanguard.cli.runstate import RunState
 
 
 class Health(NamedTuple):
