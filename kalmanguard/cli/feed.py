@@ -1,4 +1,4 @@
-"""Follows one run's journal: only the rows that are new, a bounded amount of memory, never in the writer's way."""
+"""Follows one run's journal: only the rows that are new, in bounded memory, and out of the writer's way."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Feed:
 
     Notes
     -----
-    The database is opened read-only for each poll and let go of at once, in short reads: the writer is never kept from
-    folding its log. The first reading costs some 10 us a step: a
-    long run is read in slices, with a picture between them.
+    The database is opened read-only for each poll, read in short batches and let go of at once, so that the writer is not
+    kept from folding its log, unless it closes in the middle of a poll. The first reading costs some 10 us a step: a long
+    run is read in slices, with a picture between them.
     """
 
     def __init__(self, path: Path, name: str) -> None:
