@@ -52,9 +52,9 @@ class Feed:
 
     Notes
     -----
-    The database is opened read-only for each poll, read in short batches and let go of at once, so that the writer is not
-    kept from folding its log, unless it closes in the middle of a poll. The first reading costs some 10 us a step: a long
-    run is read in slices, with a picture between them.
+    The database is opened read-only for each poll, read in short batches and let go of at once, so that the writer is
+    not kept from folding its log, unless it closes in the middle of a poll. The first reading costs some 10 us a step:
+    a long run is read in slices, with a picture between them.
     """
 
     def __init__(self, path: Path, name: str) -> None:
