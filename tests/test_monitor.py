@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from kalmanguard.certificate.verify import verify
 from kalmanguard.cli import runstate
+from kalmanguard.cli import watch as watch_module
 from kalmanguard.cli.app import app
 from kalmanguard.cli.feed import Feed, Phase
 from kalmanguard.cli.glimpse import glimpse
@@ -351,6 +352,35 @@ def test_several_runs_are_a_table_and_new_ones_are_found(trained: Path, tmp_path
     assert watch.ended
     assert {feed.phase for feed in watch.feeds} <= {Phase.VANISHED, Phase.UNREADABLE}
     assert len(watch.feeds) == 3
+
+
+def test_what_would_take_long_to_verify_is_left_to_the_verifier(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(trained, tmp_path / name)
+    with JournalReader(trained) as reader:
+        monkeypatch.setattr(watch_module, "_VERIFIED_RECORDS", len(reader))
+    watch = Watch([tmp_path], silent_after_s=300)
+    watch.poll(math.inf)
+    watch.verify()
+    assert [feed.run.verified is None for feed in watch.feeds] == [False, True]
+
+
+def test_a_closed_run_that_is_resumed_goes_on(run_copy: Path) -> None:
+    feed = CountingFeed(run_copy, "run")
+    feed.poll()
+    feed.poll()
+    assert feed.phase is Phase.CLOSED
+    assert feed.taken == feed.run.records, "a closed journal that did not change is not read again"
+    with JournalWriter.resume(run_copy) as journal:
+        journal.record("resume", STEPS, {})
+        journal.flush()
+        feed.poll()
+        assert feed.phase is Phase.RUNNING
+        assert feed.run.resumes == 1
+    feed.poll()
+    assert feed.phase is Phase.CLOSED
 
 
 # --- terminals --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,6 @@ from kalmanguard.journal.reader import JournalReader
 from kalmanguard.journal.schema import Row, locate
 
 _ATTEMPTS = 3
-#: A longer journal is verified by ``kalmanguard verify`` only: it would stop the picture for seconds.
-VERIFIED_RECORDS = 200_000
 
 
 class Phase(StrEnum):
@@ -66,6 +64,7 @@ class Feed:
         self._inode: int | None = None
         self._names: tuple[str, ...] = ()
         self._failures = 0
+        self._written = 0.0
         self._seen: tuple[float, int] | None = None
 
     @property
@@ -82,13 +81,16 @@ class Feed:
         """Read what is new, for at most about ``budget_s``; what is left is read by the next polls."""
         file = locate(self.path)
         try:
-            found = file.stat()
+            found, written = file.stat(), _written(file)
         except OSError as error:
             self._missing(error)
             return
         if self._inode not in (None, found.st_ino):
             self._begin_again("another run has begun in its place")
         self._inode = found.st_ino
+        if self.phase is Phase.CLOSED and written == self._written:
+            return  # many closed runs in a folder cost next to nothing
+        self._written = written
         try:
             if holds_run(file):
                 self._read(file, budget_s)
@@ -97,14 +99,13 @@ class Feed:
             self._failed(error)
 
     def verify(self) -> None:
-        """Derive the certificate of a closed run from its journal, if that takes no longer than a moment."""
+        """Derive the certificate of a closed run from its journal; some 10 us a record."""
         from kalmanguard.certificate.verify import UnreadableJournalError, verify
 
-        if self.run.closed and self.run.verified is None and self.run.records <= VERIFIED_RECORDS:
-            try:
-                self.run.verified = verify(self.path)
-            except UnreadableJournalError as error:
-                self.phase, self.trouble = Phase.UNREADABLE, printable(str(error))
+        try:
+            self.run.verified = verify(self.path)
+        except UnreadableJournalError as error:
+            self.phase, self.trouble = Phase.UNREADABLE, printable(str(error))
 
     def _missing(self, error: OSError) -> None:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -125,6 +126,7 @@ class Feed:
 
     def _begin_again(self, why: str) -> None:
         self.run, self.total, self.speed, self._seen = RunState(), 0, None, None
+        self.phase = Phase.WAITING
         self.run.notes.append(f"{self.name}: {why}")
 
     def _read(self, file: Path, budget_s: float) -> None:
@@ -140,7 +142,7 @@ class Feed:
                 self._take(row)
                 if not row.seq % 256 and time.monotonic() > ends:
                     break
-        run.silent_s = max(0.0, time.time() - _written(file))
+        run.silent_s = max(0.0, time.time() - self._written)
         behind = run.records < self.total
         self.phase = Phase.READING if behind else Phase.CLOSED if run.closed else Phase.RUNNING
         self.trouble = ""
