@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test slow lint format types contract docs demo bench clean
+.PHONY: help venv test slow lint format types contract docs demo bench package clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ demo: $(STAMP) ## train, break, rescue and certify a small transformer, into dem
 
 bench: $(STAMP) ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+package: $(STAMP) ## source archive and wheel into dist/, checked and tried in an environment of their own
+	$(BIN)/python .ci/package --out dist
 
 clean: ## remove what was built, except .venv
 	rm -rf build dist *.egg-info demo-out docs/_build docs/_api

@@ -88,7 +88,7 @@ def run_copy(trained: tuple[Path, Any], tmp_path: Path) -> Path:
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("demo", "run", "show", "verify", "replay")
+COMMANDS = ("demo", "run", "show", "verify", "replay", "monitor", "doctor")
 
 
 def test_help_lists_every_command() -> None:

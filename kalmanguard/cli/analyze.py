@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from kalmanguard.cli.completion import complete_settings
 from kalmanguard.cli.folders import shown
 from kalmanguard.cli.options import AsJson
 from kalmanguard.cli.terminal import blocks_fit, console, emit, sparkline, status
@@ -38,7 +39,11 @@ Columns = Annotated[
 ]
 Chosen = Annotated[
     str | None,
-    typer.Option(metavar="PRESET|TOML", help="Settings to judge by. [default: a journal's own, or balanced]"),
+    typer.Option(
+        metavar="PRESET|TOML",
+        help="Settings to judge by. [default: a journal's own, or balanced]",
+        autocompletion=complete_settings,
+    ),
 ]
 #: Files from this size on are streamed: what is larger when decompressed is refused by other bounds.
 _STREAMED_BYTES = 1 << 28

@@ -10,6 +10,8 @@ from kalmanguard.cli.analyze import analyze
 from kalmanguard.cli.calibrate import calibrate
 from kalmanguard.cli.compare import compare
 from kalmanguard.cli.demo import demo
+from kalmanguard.cli.doctor import doctor
+from kalmanguard.cli.monitor import monitor
 from kalmanguard.cli.replay import replay
 from kalmanguard.cli.run import run
 from kalmanguard.cli.show import show
@@ -46,6 +48,13 @@ def top(
     """
 
 
-for command in (demo, run, show, verify, replay, analyze, compare, calibrate):
-    app.command(cls=Command)(command)
-app.add_typer(study, name="study")
+_PANELS = {
+    "Train": (demo, run),
+    "Watch and check": (monitor, show, verify, replay),
+    "Analyse": (analyze, compare, calibrate),
+    "Set up": (doctor,),
+}
+for panel, commands in _PANELS.items():
+    for command in commands:
+        app.command(cls=Command, rich_help_panel=panel)(command)
+app.add_typer(study, name="study", rich_help_panel="Analyse")

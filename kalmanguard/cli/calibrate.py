@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from kalmanguard.cli.completion import complete_runs
 from kalmanguard.cli.options import AsJson
 from kalmanguard.cli.terminal import console, emit, number
 from kalmanguard.errors import ConfigurationError
@@ -38,7 +39,8 @@ class Event(StrEnum):
 
 def calibrate(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run folders of your own healthy runs.")
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="Run folders of your own healthy runs.", autocompletion=complete_runs),
     ] = None,
     plants: Annotated[
         str | None,

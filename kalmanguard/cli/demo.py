@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from kalmanguard.cli.completion import complete_plants
 from kalmanguard.cli.folders import fresh_folder, write_json
 from kalmanguard.cli.options import AsJson, Faults, Seed
 from kalmanguard.cli.plants import make_plant
@@ -39,7 +40,8 @@ def demo(
         str,
         typer.Option(
             help="What is trained: mlp, cnn, resnet, vit, unet, rnn, gan, cartpole, chartransformer, quadratic, or "
-            "another registered plant."
+            "another registered plant.",
+            autocompletion=complete_plants,
         ),
     ] = "chartransformer",
     as_json: AsJson = False,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kalmanguard.cli.completion import complete_faults, complete_runs
+
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else; null is not finite.")
 ]
@@ -19,9 +21,13 @@ Faults = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SPEC",
+        autocompletion=complete_faults,
         help="A fault, as KIND[:VALUE]@STEP[:NAME=VALUE]..., for example lr_spike:50@300:steps=5, nan_gradient@120 or "
         f"bit_flip@200; may be given several times. Kinds: {FAULT_KINDS}.",
     ),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the journal.sqlite in it.")]
+Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder, or the journal.sqlite in it.", autocompletion=complete_runs),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the weights, the order of the data and the faults.")]

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from kalmanguard.cli.completion import complete_settings
 from kalmanguard.cli.options import AsJson, Run
 from kalmanguard.cli.terminal import console, emit, status
 
@@ -25,6 +26,7 @@ def replay(
         str | None,
         typer.Option(
             metavar="PRESET|TOML",
+            autocompletion=complete_settings,
             help="Ask what other settings would have decided: conservative, balanced or aggressive, or a TOML file.",
         ),
     ] = None,

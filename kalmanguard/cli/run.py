@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from kalmanguard.cli.completion import complete_plants, complete_settings
 from kalmanguard.cli.folders import fresh_folder, shown, write_json
 from kalmanguard.cli.options import AsJson, Faults, Seed
 from kalmanguard.cli.plants import make_plant
@@ -38,6 +39,7 @@ def run(
         str,
         typer.Argument(
             metavar="PLANT",
+            autocompletion=complete_plants,
             help="What is trained: mlp, cnn, resnet, vit, unet, rnn, gan, cartpole, chartransformer, quadratic, or "
             "another registered plant.",
         ),
@@ -47,7 +49,11 @@ def run(
     seed: Seed = 0,
     settings: Annotated[
         str,
-        typer.Option(metavar="PRESET|TOML", help="conservative, balanced or aggressive, or a TOML file of settings."),
+        typer.Option(
+            metavar="PRESET|TOML",
+            help="conservative, balanced or aggressive, or a TOML file of settings.",
+            autocompletion=complete_settings,
+        ),
     ] = "balanced",
     mode: Annotated[
         Mode | None, typer.Option(help="Act on what is found, or only report it. By default as the settings say.")

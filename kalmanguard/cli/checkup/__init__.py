@@ -1,0 +1,1 @@
+"""What ``kalmanguard doctor`` looks at, one kind of check a file."""
