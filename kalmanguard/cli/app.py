@@ -13,6 +13,7 @@ from kalmanguard.cli.demo import demo
 from kalmanguard.cli.replay import replay
 from kalmanguard.cli.run import run
 from kalmanguard.cli.show import show
+from kalmanguard.cli.stress import stress
 from kalmanguard.cli.study import study
 from kalmanguard.cli.terminal import Command
 from kalmanguard.cli.verify import verify
@@ -46,6 +47,6 @@ def top(
     """
 
 
-for command in (demo, run, show, verify, replay, analyze, compare, calibrate):
+for command in (demo, run, show, verify, replay, analyze, compare, calibrate, stress):
     app.command(cls=Command)(command)
 app.add_typer(study, name="study")

@@ -45,7 +45,7 @@ def precision(subject: Subject, *, seeds: Sequence[int], clock: Clock) -> Findin
     training in half precision, where gradients and updates are rounded too. Cost: a held-out pass for each level.
     """
     found = Findings()
-    levels = [*(f"{bits} bits" for bits in BITS), *(_name(dtype) for dtype in DTYPES)]
+    levels = [*(f"{bits} bit{'s' * (bits > 1)}" for bits in BITS), *(_name(dtype) for dtype in DTYPES)]
     row: list[float] = []
     for bits in BITS:
         if clock.spent:
@@ -133,7 +133,7 @@ def _fewest_bits(row: Sequence[float], found: Findings) -> None:
     if enough is None:
         sentence = f"Already {BITS[0]} bits of mantissa, as in float16, cost more than {GIVE_BACK:.0%} of the learned."
     else:
-        sentence = f"Weights need {enough} bits of mantissa to keep {1 - GIVE_BACK:.0%} of what was learned."
+        sentence = f"Weights need {enough} {'bit' if enough == 1 else 'bits'} of mantissa to keep {1 - GIVE_BACK:.0%} of what was learned."
     found.points.append(CriticalPoint("mantissa bits", None if enough is None else float(enough), sentence))
 
 

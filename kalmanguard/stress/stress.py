@@ -73,8 +73,8 @@ def stress(
     seeds, seed
         How many repetitions, and the first seed.
     budget_s
-        Seconds that it may take. What does not fit is left out and named; it ends late by one pass through the model
-        at most.
+        Seconds that it may take. What does not fit is left out and named. It is
+        asked before every pass through the model, so the end is late by a few passes at most.
     train_steps
         Steps of the short trainings.
     warmup_steps
@@ -125,6 +125,9 @@ def stress(
         chosen = list(range(seed, seed + seeds))
         found: dict[str, Findings] = {}
         for place, kind in enumerate(kinds):
+            if clock.spent:
+                found[kind] = Findings()
+                continue
             found[kind] = _STRESSES[kind](train_steps)(subject, seeds=chosen, clock=clock.share(len(kinds) - place))
     return _report(subject, found, kinds, notes, seconds=time.monotonic() - began, budget_s=budget_s)
 
@@ -179,15 +182,10 @@ def _warm_up(subject: Subject, steps: int, seed: int, clock: Clock, notes: list[
         return
     part = Clock(_WARMUP_SHARE * clock.left_s)
     flyer = subject.start.copy()
-    done = 0
     try:
-        while done < steps:
-            chunk = min(20, steps - done)
-            norms = train(flyer, subject.batches, subject.loss_fn, steps=chunk, seed=seed + done, clock=part)
-            done += chunk
-            if math.isnan(norms[-1]):
-                break
-    except OutOfTimeError:
+        done = len(train(flyer, subject.batches, subject.loss_fn, steps=steps, seed=seed, clock=part))
+    except OutOfTimeError as early:
+        done = early.steps
         notes.append("The training before the test ended early: a quarter of the time was over.")
     subject.trained = flyer
     before = subject.loss

@@ -14,7 +14,11 @@ from kalmanguard.stress.subject import Flyer, LossFn, seeded_streams, training_l
 
 
 class OutOfTimeError(Exception):
-    """The clock ran out within a unit of work; what was begun is left out."""
+    """The clock ran out after ``steps`` steps of a training; what was begun is left out."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(f"The time was over after {steps} steps.")
+        self.steps = steps
 
 
 def train(
@@ -53,7 +57,7 @@ def train(
     with seeded_streams(device, seed), torch.enable_grad():
         for _ in range(steps):
             if clock.spent:
-                raise OutOfTimeError
+                raise OutOfTimeError(len(norms))
             todo = todo or torch.randperm(len(batches), generator=order).tolist()
             optimizer.zero_grad()
             loss = training_loss(model, batches[todo.pop()], loss_fn)

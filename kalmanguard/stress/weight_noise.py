@@ -91,8 +91,11 @@ def _critical(curve: Curve) -> CriticalPoint:
 
 def _by_layer(subject: Subject, *, seeds: Sequence[int], clock: Clock, found: Findings) -> None:
     model = subject.trained.model
-    probe = subject.probe(model)
     layers = by_layer(model)
+    if clock.spent:
+        found.left_out.append("weight noise in single layers")
+        return
+    probe = subject.probe(model)
     lost: dict[str, list[float]] = defaultdict(list)
     for seed in seeds:
         for place, (name, parameters) in enumerate(layers.items()):
