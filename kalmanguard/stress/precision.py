@@ -133,7 +133,8 @@ def _fewest_bits(row: Sequence[float], found: Findings) -> None:
     if enough is None:
         sentence = f"Already {BITS[0]} bits of mantissa, as in float16, cost more than {GIVE_BACK:.0%} of the learned."
     else:
-        sentence = f"Weights need {enough} {'bit' if enough == 1 else 'bits'} of mantissa to keep {1 - GIVE_BACK:.0%} of what was learned."
+        need = "1 bit" if enough == 1 else f"{enough} bits"
+        sentence = f"Weights need {need} of mantissa to keep {1 - GIVE_BACK:.0%} of what was learned."
     found.points.append(CriticalPoint("mantissa bits", None if enough is None else float(enough), sentence))
 
 

@@ -101,7 +101,7 @@ def _table(path: Path) -> tuple[Tensor, Tensor]:
         raise ConfigurationError(f"{path} cannot be read as a table: {error}.") from None
     if len(rows) < 2 or len(rows[0]) < 2 or len(rows) > _MOST_ROWS:
         raise ConfigurationError(
-            f"{path}: {max(0, len(rows) - 1):,} rows; give a heading, at least two columns and 1 to {_MOST_ROWS:,} rows."
+            f"{path}: {max(0, len(rows) - 1):,} rows; give a heading, two columns or more and 1 to {_MOST_ROWS:,} rows."
         )
     heading = [cell.strip().lower() for cell in rows[0]]
     target = next((heading.index(name) for name in _TARGETS if name in heading), len(heading) - 1)
