@@ -19,6 +19,8 @@ from kalmanguard.stress.training import OutOfTimeError, train
 
 #: Batches in a row that are bad.
 BAD_STEPS = 3
+#: Clipping that is tried, in medians of the norms of sound batches.
+_CLIP = 2.0
 _KEY = 0x0D7
 Corruption = Callable[[Any, torch.Generator], Any]
 
@@ -27,7 +29,9 @@ def outliers(subject: Subject, *, seeds: Sequence[int], clock: Clock) -> Finding
     """Train the trained copy on three bad batches in a row, each kind of them.
 
     Inputs scaled by 10 and by 100 (where they are real numbers), every target wrong, and garbage: random inputs with
-    shuffled targets. Retained is measured against the same number of steps on sound batches.
+    shuffled targets. Retained is measured against the same number of steps on sound batches, with the buffers from
+    before: what the parameters have lost. Running statistics (BatchNorm) heal by themselves in further training, so
+    what is lost with the poisoned ones is told as a critical point and is no part of the curve.
 
     Parameters
     ----------
@@ -51,65 +55,66 @@ def outliers(subject: Subject, *, seeds: Sequence[int], clock: Clock) -> Finding
     kinds = _kinds(subject)
     rows: list[tuple[float, ...]] = []
     sound: list[float] = []
-    helped: list[list[tuple[float, float]]] = []
+    clipped: list[list[float]] = []
+    poisoned: list[list[float]] = []
     try:
         for seed in seeds:
-            control, norms = _after(subject, None, seed, clock)
+            control, _, norms = _after(subject, None, seed, clock)
             sound += norms
-            row, remedies = [], []
-            limit = 2.0 * _median(sound)
+            row, with_clip, with_buffers = [], [], []
             for kind in kinds.values():
-                left, _ = _after(subject, kind, seed, clock)
-                row.append(_retained(subject, left, control))
+                loss, loss_poisoned, _ = _after(subject, kind, seed, clock)
+                row.append(_retained(subject, loss, control))
+                with_buffers.append(_retained(subject, loss_poisoned, control))
                 if row[-1] < 1.0 - GIVE_BACK:
-                    left, _ = _after(subject, kind, seed, clock, clip=limit)
-                    kept, _ = _after(subject, kind, seed, clock, buffers_kept=True)
-                    remedies.append((_retained(subject, left, control), _retained(subject, kept, control)))
-                else:
-                    remedies.append((row[-1], row[-1]))
+                    loss, _, _ = _after(subject, kind, seed, clock, clip=_CLIP * _median(sound))
+                with_clip.append(_retained(subject, loss, control))
             rows.append(tuple(row))
-            helped.append(remedies)
+            clipped.append(with_clip)
+            poisoned.append(with_buffers)
     except OutOfTimeError:
         pass  # what is complete counts
     if not rows:
         return found
     found.curve = Curve("batch outliers", tuple(kinds), tuple(rows), len(seeds))
-    means = dict(zip(kinds, found.curve.means, strict=True))
-    worst = min(means, key=lambda name: means[name])
-    found.points.append(
-        CriticalPoint(
-            "worst outlier",
-            means[worst],
-            f"After {BAD_STEPS} batches with {worst}, {means[worst]:.0%} of what was learned is left.",
-        )
-    )
-    if subject.learned and means[worst] < 1.0 - GIVE_BACK:
-        place = list(kinds).index(worst)
-        clip, kept = (sum(row[place][which] for row in helped) / len(helped) for which in (0, 1))
-        found.recommendations.append(_advice(worst, means[worst], clip, kept, 2.0 * _median(sound)))
+    if subject.learned:
+        _judge(found, found.curve, clipped, poisoned, limit=_CLIP * _median(sound))
     return found
 
 
-def _advice(kind: str, left: float, with_clip: float, with_buffers: float, limit: float) -> Recommendation:
-    """What helped where it was tried: it has to win back half of what was lost."""
-    enough = left + 0.5 * (1.0 - left)
-    if with_buffers > max(enough, with_clip):
-        return Recommendation(
-            "Keep outliers from the running statistics (BatchNorm): check inputs before the forward pass, or roll back "
-            "after such a batch.",
-            f"{BAD_STEPS} batches with {kind} leave {left:.0%} of the learned; with the buffers from before them "
-            f"{with_buffers:.0%} (measured).",
+def _judge(
+    found: Findings, curve: Curve, clipped: list[list[float]], poisoned: list[list[float]], *, limit: float
+) -> None:
+    """The worst kind and what helps against it; and the running statistics."""
+    place = min(range(len(curve.levels)), key=lambda i: curve.means[i])
+    kind, left = curve.levels[place], curve.means[place]
+    fact = f"{BAD_STEPS} batches with {kind} leave {left:.0%} of the learned"
+    found.points.append(CriticalPoint("worst outlier", left, f"{fact}, by what they do to the parameters."))
+    if left < 1.0 - GIVE_BACK:
+        with_clip = sum(row[place] for row in clipped) / len(clipped)
+        # It has to win back half of what was lost.
+        if with_clip > left + 0.5 * (1.0 - left):
+            action = f"Clip the gradient's norm at {limit:.3g}, {_CLIP:g} times the median of sound batches."
+            fact += f"; with that clipping {with_clip:.0%} (measured)."
+        else:
+            action = "Check the data before they are trained on, or let a supervisor in protect mode undo such steps."
+            fact += f"; clipping does not help ({with_clip:.0%})."
+        found.recommendations.append(Recommendation(action, fact))
+    means = [sum(column) / len(column) for column in zip(*poisoned, strict=True)]
+    worst = max(range(len(means)), key=lambda i: curve.means[i] - means[i])
+    if curve.means[worst] - means[worst] > GIVE_BACK:
+        fact = (
+            f"{BAD_STEPS} batches with {curve.levels[worst]} leave {means[worst]:.0%} in evaluation; with "
+            f"the running statistics from before them, {curve.means[worst]:.0%} of the learned is left."
         )
-    if with_clip > enough:
-        return Recommendation(
-            f"Clip the gradient's norm at {limit:.3g}, twice the median of sound batches.",
-            f"{BAD_STEPS} batches with {kind} leave {left:.0%} of the learned; with that clipping {with_clip:.0%} "
-            "(measured).",
+        found.points.append(CriticalPoint("running statistics", means[worst], fact))
+        found.recommendations.append(
+            Recommendation(
+                "Keep outliers from the running statistics (BatchNorm): check inputs before the forward pass, and "
+                "evaluate no sooner than they have healed.",
+                fact,
+            )
         )
-    return Recommendation(
-        "Check the data before they are trained on, or let a supervisor in protect mode undo such steps.",
-        f"{BAD_STEPS} batches with {kind} leave {left:.0%} of the learned; clipping does not help ({with_clip:.0%}).",
-    )
 
 
 def _retained(subject: Subject, loss: float, control: float) -> float:
@@ -118,15 +123,9 @@ def _retained(subject: Subject, loss: float, control: float) -> float:
 
 
 def _after(
-    subject: Subject,
-    kind: Corruption | None,
-    seed: int,
-    clock: Clock,
-    *,
-    clip: float | None = None,
-    buffers_kept: bool = False,
-) -> tuple[float, list[float]]:
-    """Held-out loss after the bad steps, and the gradient norms in them."""
+    subject: Subject, kind: Corruption | None, seed: int, clock: Clock, *, clip: float | None = None
+) -> tuple[float, float, list[float]]:
+    """Held-out loss after the bad steps, with the buffers from before and with those of now; gradient norms."""
     generator = seeded(_KEY, seed)
     order = torch.randperm(len(subject.batches), generator=generator).tolist()
     batches = [subject.batches[i] for i in (order * BAD_STEPS)[:BAD_STEPS]]
@@ -134,11 +133,15 @@ def _after(
         batches = [kind(batch, generator) for batch in batches]
     flyer = subject.trained.copy()
     norms = train(flyer, batches, subject.loss_fn, steps=BAD_STEPS, seed=seed, clock=clock, clip=clip)
-    if buffers_kept:
-        for buffer, old in zip(flyer.model.buffers(), subject.trained.model.buffers(), strict=True):
-            buffer.copy_(old)
-    loss = math.nan if math.isnan(norms[-1]) else subject.probe(flyer.model).read().mean
-    return loss, norms
+    if math.isnan(norms[-1]):
+        return math.nan, math.nan, norms
+    poisoned = subject.probe(flyer.model).read().mean
+    buffers = list(flyer.model.buffers())
+    if not buffers:
+        return poisoned, poisoned, norms
+    for buffer, old in zip(buffers, subject.trained.model.buffers(), strict=True):
+        buffer.copy_(old)
+    return subject.probe(flyer.model).read().mean, poisoned, norms
 
 
 def _kinds(subject: Subject) -> dict[str, Corruption]:

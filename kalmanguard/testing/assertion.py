@@ -58,7 +58,7 @@ def assert_stable(
     steps: int = 200,
     seeds: int = 3,
     seed: int = 0,
-    improves: bool = True,
+    improvement: float | None = 0.01,
     gradient_ratio: float = 100.0,
     reproducible: bool = False,
     faults: Sequence[str] = (),
@@ -77,8 +77,9 @@ def assert_stable(
         the supervisor after each. `standard_loop` makes one of a factory.
     steps, seeds, seed
         Length of a run, how many there are, and the first seed.
-    improves
-        Whether the held-out loss must fall: by three standard errors of its paired difference over the examples.
+    improvement
+        Least share of the first held-out loss that must be gained; the gain must also be above three standard errors of
+        its paired difference over the examples. ``None`` for no such demand.
     gradient_ratio
         Largest gradient norm allowed, in medians of the run's norms; ``math.inf`` for no bound.
     reproducible
@@ -107,13 +108,13 @@ def assert_stable(
     ``seeds`` runs, one more if ``reproducible``, and one for each fault.
     """
     __tracebackhide__ = True
-    _check(steps=steps, seeds=seeds, seed=seed, gradient_ratio=gradient_ratio)
+    _check(steps=steps, seeds=seeds, seed=seed, gradient_ratio=gradient_ratio, improvement=improvement)
     runs = []
     for number in range(seed, seed + seeds):
         run = _run(train_fn, number, steps)
         _assert_no_failure(run)
-        if improves:
-            _assert_improvement(run)
+        if improvement is not None:
+            _assert_improvement(run, improvement)
         _assert_gradients(run, gradient_ratio)
         runs.append(run)
     if reproducible:
@@ -128,13 +129,15 @@ def assert_stable(
     )
 
 
-def _check(*, steps: int, seeds: int, seed: int, gradient_ratio: float) -> None:
+def _check(*, steps: int, seeds: int, seed: int, gradient_ratio: float, improvement: float | None) -> None:
     if steps < _FEWEST:
         raise ConfigurationError(f"steps = {steps}: give at least {_FEWEST}, of which a fifth is warm-up.")
     if seeds < 1 or seed < 0:
         raise ConfigurationError(f"seeds = {seeds} must be at least 1, seed = {seed} at least 0.")
     if not gradient_ratio > 1:
         raise ConfigurationError(f"gradient_ratio = {gradient_ratio} must be above 1; math.inf is no bound.")
+    if improvement is not None and not 0 <= improvement < 1:
+        raise ConfigurationError(f"improvement = {improvement} is a share in [0, 1), or None for no demand.")
 
 
 def _run(train_fn: Callable[[Trial], object], seed: int, steps: int, *, fault: str | None = None) -> _Run:
@@ -170,16 +173,18 @@ def _failed(decision: Decision) -> bool:
     return decision.level is Level.CONFIRMED or decision.proposed is not Action.ACCEPT
 
 
-def _assert_improvement(run: _Run) -> None:
+def _assert_improvement(run: _Run, least_frac: float) -> None:
     __tracebackhide__ = True
     gained = run.first - run.last
     mean, error = float(gained.mean()), float(gained.std(ddof=1)) / math.sqrt(len(gained))
-    if not mean > _SURE * error:
+    least = max(_SURE * error, least_frac * abs(float(run.first.mean())))
+    if not mean > least:
         raise InstabilityError(
             run.trial.seed,
             None,
             f"the held-out loss goes from {run.first.mean():.4g} to {run.last.mean():.4g} in {run.trial.steps} steps; "
-            f"the gain of {mean:.3g} is not above {_SURE:g} standard errors ({error:.3g} each).",
+            f"the gain of {mean:.3g} is not above {least:.3g}, which is the larger of {_SURE:g} standard errors and "
+            f"{least_frac:.0%} of the first loss.",
             "the learning rate, the number of steps, and whether the optimizer holds the model's parameters",
         )
 

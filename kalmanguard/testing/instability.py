@@ -13,7 +13,7 @@ _LOOK_AT = {
     "envelope": "the learning rate and its schedule around this step, and the data just before it",
     "probe-innovation": "the learning rate and its schedule around this step, and the data just before it",
     "gradient": "the batch of this step, the learning rate, and clipping of gradients",
-    "gain": "the optimizer's state: a step moved the parameters more than its gradient explains",
+    "gain": "the learning rate and the optimizer's state: a step moved the parameters more than its gradient explains",
     "learning-rate": "the schedule: the learning rate jumped",
     "buffers": "running statistics (BatchNorm): inputs out of their usual range",
 }
