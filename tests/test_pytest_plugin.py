@@ -93,8 +93,21 @@ def test_no_progress_is_a_failure():
 
 
 def test_a_gradient_beyond_the_bound_names_its_step():
-    with pytest.raises(InstabilityError, match=r"the gradient's norm is .* times the median of the run; 1.01"):
+    with pytest.raises(InstabilityError, match=r"the gradient's norm is .* times the median of the steps before; 1.01"):
         assert_stable(training(), steps=40, seeds=1, gradient_ratio=1.01)
+
+
+def test_gradients_that_vanish_with_the_loss_are_no_failure():
+    """At the end the norms are a millionth of those at the beginning."""
+
+    def make(seed):
+        x = torch.randn(192, 4)
+        model = nn.Linear(4, 1)
+        data = [(part, part.sum(1, keepdim=True)) for part in x.split(16)]
+        return model, data, nn.functional.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    result = assert_stable(standard_loop(make), steps=120, seeds=1)
+    assert result.last[0] < 1e-6 * result.first[0]
 
 
 def test_what_draws_from_a_source_of_its_own_is_not_reproducible():

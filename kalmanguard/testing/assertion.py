@@ -20,6 +20,7 @@ from kalmanguard.testing.trial import Trial
 
 _SURE = 3.0  # standard errors of the paired difference
 _FEWEST = 20
+_LEAST_BEFORE, _BEFORE = 10, 50  # steps that a gradient norm is held against
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class StabilityResult:
     first, last
         Mean held-out loss before and after.
     largest_gradient
-        Largest gradient norm, in medians of the run.
+        Largest gradient norm, in medians of the steps before it.
     suspicions
         Steps that were suspicious, and turned out to be none.
     """
@@ -81,7 +82,7 @@ def assert_stable(
         Least share of the first held-out loss that must be gained; the gain must also be above three standard errors of
         its paired difference over the examples. ``None`` for no such demand.
     gradient_ratio
-        Largest gradient norm allowed, in medians of the run's norms; ``math.inf`` for no bound.
+        Largest gradient norm allowed, in medians of the 50 steps before it; ``math.inf`` for no bound.
     reproducible
         Whether the first seed is run twice and must end bit for bit the same.
     faults
@@ -190,10 +191,17 @@ def _assert_improvement(run: _Run, least_frac: float) -> None:
 
 
 def _ratio(norms: Sequence[float]) -> tuple[float, int]:
-    """The largest norm in medians, and its step from 1."""
-    largest = max(range(len(norms)), key=lambda i: norms[i] if math.isfinite(norms[i]) else math.inf)
-    median = statistics.median(norms)
-    return (norms[largest] / median if median > 0 else 1.0), largest + 1
+    """The largest norm in medians of the steps before it, and its step from 1.
+
+    Not of the whole run: where training converges, the first gradients are large against those at the end.
+    """
+    found = (1.0, 1)
+    for i in range(_LEAST_BEFORE, len(norms)):
+        median = statistics.median(norms[max(0, i - _BEFORE) : i])
+        ratio = norms[i] / median if median > 0 else 1.0
+        if not ratio <= found[0]:
+            found = ratio, i + 1
+    return found
 
 
 def _assert_gradients(run: _Run, bound: float) -> None:
@@ -203,7 +211,7 @@ def _assert_gradients(run: _Run, bound: float) -> None:
         raise InstabilityError(
             run.trial.seed,
             step,
-            f"the gradient's norm is {ratio:.4g} times the median of the run; {bound:g} is allowed.",
+            f"the gradient's norm is {ratio:.4g} times the median of the steps before; {bound:g} is allowed.",
             "the batch of this step, warm-up of the learning rate, normalisation, and clipping of gradients",
         )
 
