@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
+from benchmarks.stress import judge
 from kalmanguard.cli.app import app
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.models import CNNPlant, GANPlant
@@ -45,12 +47,6 @@ def digits():
 def mlp(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-
-
-def factory():
-    """What a user's own module would hold; named in the tests as tests' own factory."""
-    model = mlp()
-    return model, digits()[0], cross_entropy, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +250,7 @@ def test_the_budget_is_kept_and_what_was_left_out_is_named():
         plant.model, plant.loader, plant.loss_fn, held_out=plant.probe_loader, optimizer=plant.optimizer, budget_s=1.0,
         seeds=50,
     )  # fmt: skip
-    assert time.monotonic() - began < 4.0  # a busy machine; a pass takes 20 ms
+    assert time.monotonic() - began < 6.0  # a busy machine; a pass takes 20 ms
     assert report.left_out
     assert all(kind in " ".join(report.left_out) for kind in KINDS if kind not in {c.kind for c in report.curves})
 
@@ -307,6 +303,18 @@ def test_a_sample_too_small_is_refused():
         stress(mlp(), [(torch.zeros(2, 64), torch.zeros(2, dtype=torch.long))], cross_entropy)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sound", "weak"),
+    [("deep", "deep, plain"), ("deep", "deep, plain, no norm"), ("MLP", "MLP, rate x 30"), ("CNN", "CNN, rate x 30")],
+)
+def test_known_weaknesses_score_below_their_sound_twins(sound, weak):
+    for seed in (0, 1):
+        better, worse = (judge((name, seed)) for name in (sound, weak))
+        # Apart by more than the stresses' own noise.
+        assert worse["score"] + 3.0 * math.hypot(better["error"], worse["error"]) < better["score"]
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +333,7 @@ def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "import torch\nfrom torch import nn\n"
         "def make():\n    return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))\n"
         "def number():\n    return 3\n"
+        "def sized(width):\n    return nn.Linear(width, 2)\n"
     )
     monkeypatch.chdir(folder)
     return name
@@ -364,15 +373,19 @@ def test_what_cannot_be_loaded_says_why(trained, tmp_path, monkeypatch):
     module = write_module(tmp_path, monkeypatch)
     save_file({"other": torch.ones(2)}, tmp_path / "odd.safetensors")
     save_file(trained.state_dict(), tmp_path / "a.safetensors")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/code/__torch__.py", "")
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
     for name, options, message in (
         ("missing.pt", {"factory": f"{module}:make"}, "There is no file"),
         ("a.safetensors", {}, "say with --factory"),
+        ("script.pt", {"factory": f"{module}:make"}, "TorchScript archive, which is a program"),
         ("odd.safetensors", {"factory": f"{module}:make"}, "does not fit the Sequential"),
         ("broken.safetensors", {"factory": f"{module}:make"}, "no safetensors file"),
         ("nowhere:make", {}, "cannot be imported"),
         (f"{module}:nothing", {}, "cannot be imported"),
         (f"{module}:number", {}, "returned a int"),
+        (f"{module}:sized", {}, "cannot be called without arguments"),
         ("just_a_name", {}, "neither a file"),
     ):
         with pytest.raises(ConfigurationError, match=message):
@@ -427,7 +440,7 @@ def test_the_command_prints_one_object_and_fails_below_a_threshold(trained, tmp_
 
 
 def test_the_command_reports_on_a_plant():
-    result = RUNNER.invoke(app, ["stress", "kalmanguard.models.mlp:MLPPlant", *QUICK, "--warmup-steps", "60"])
+    result = RUNNER.invoke(app, ["stress", "mlp", *QUICK, "--warmup-steps", "60"])
     assert result.exit_code == 0, result.output
     for word in ("Stability score", "Score: 100 times", "Layers, the most sensitive", "Critical points", "Notes"):
         assert word in result.stdout

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kalmanguard.cli.options import AsJson
+from kalmanguard.cli.plants import make_plant, plant_names
 from kalmanguard.cli.terminal import ExitCode, blocks_fit, console, duration, emit, number, warnings_on
 from kalmanguard.errors import ConfigurationError
 
@@ -41,7 +42,8 @@ def stress(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="module:factory, which is imported and called, or a file with a state dict (.safetensors, .pt, .bin).",
+            help="module:factory, which is imported and called; a file with a state dict (.safetensors, .pt, .bin); or "
+            "a plant's name.",
         ),
     ],
     factory: Annotated[
@@ -96,9 +98,10 @@ def stress(
     with warnings_on(people):
         with people.status("Loading PyTorch and the model ..."):
             from kalmanguard.stress import stress as run
-            from kalmanguard.stress.loading import load
+            from kalmanguard.stress.loading import load, made
 
-            loaded = load(model, factory=factory, trust_pickle=trust_pickle)
+            plant = model in plant_names()
+            loaded = made(make_plant(model, {})) if plant else load(model, factory=factory, trust_pickle=trust_pickle)
             batches, held_out = _data(loaded, data, batch_size)
             chosen = _optimizer(loaded, optimizer, lr)
         with people.status(f"Under stress, for {duration(budget)} at most ..."):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +120,13 @@ def call(name: str) -> Any:
     """
     found = resolve(name)
     try:
-        return found()
+        inspect.signature(found).bind()
     except TypeError as error:
-        raise ConfigurationError(f"{name} cannot be called without arguments: {error}.") from error
+        raise ConfigurationError(f"{name} cannot be called without arguments: {error}.") from None
+    except ValueError:
+        pass  # a callable without a signature; the call will tell
+    with _working_folder():
+        return found()
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -136,20 +142,28 @@ def resolve(name: str) -> Callable[..., Any]:
         raise ConfigurationError(
             f"{name!r} is neither a file ending in {', '.join(SUFFIXES)} nor module:function, such as mymodels:make."
         )
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        with _working_folder():
+            found: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(f"{name} cannot be imported: {error}.") from error
-    finally:
-        sys.path.remove(here)
     if not callable(found):
         raise ConfigurationError(f"{name} is a {type(found).__name__}, which cannot be called.")
     function: Callable[..., Any] = found
     return function
+
+
+@contextmanager
+def _working_folder() -> Iterator[None]:
+    """Modules of the working folder can be imported inside, as with ``python -m``."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _is_file(name: str) -> bool:
@@ -178,8 +192,9 @@ def read_tensors(path: Path) -> Any:
     except Exception as error:  # whatever a damaged or hostile pickle makes the restricted reader raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigurationError(
-            f"{path} cannot be read as plain tensors ({reason[:160]}). Nothing else is unpickled: save "
-            "model.state_dict() or use safetensors; only if you made this file yourself, --i-trust-this-pickle runs it."
+            f"{path} cannot be read as plain tensors ({reason[:160]}). Nothing else is unpickled: save tensors, as "
+            "model.state_dict() has them, or use safetensors. For a model file that you made yourself there is "
+            "--i-trust-this-pickle."
         ) from None
 
 

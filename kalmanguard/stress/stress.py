@@ -152,7 +152,9 @@ def _check(
     if not (0 < budget_s < math.inf):
         raise ConfigurationError(f"budget_s = {budget_s}: give a positive number of seconds.")
     if train_steps < 1 or warmup_steps < 0:
-        raise ConfigurationError(f"train_steps = {train_steps} must be at least 1, warmup_steps = {warmup_steps} 0.")
+        raise ConfigurationError(
+            f"train_steps = {train_steps} must be at least 1 and warmup_steps = {warmup_steps} at least 0."
+        )
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None, notes: list[str]) -> Flyer:
