@@ -184,7 +184,8 @@ def test_the_fixture_passes_and_fails_tests(pytester: pytest.Pytester):
             assert_stable(make(1e-12), steps=60, seeds=1)
         """
     )
-    result = pytester.runpytest_inprocess("-p", "kalmanguard.pytest_plugin", "-p", "no:cacheprovider", "-W", "error")
+    # In a process of its own: pytester takes imported modules back, and torch cannot be imported twice.
+    result = pytester.runpytest_subprocess("-p", "kalmanguard.pytest_plugin", "-p", "no:cacheprovider", "-W", "error")
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
         ["E *InstabilityError: Seed 0: the held-out loss goes from *Look at the learning rate*"]
