@@ -97,7 +97,9 @@ def bare_resnet(seed: int) -> Case:
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.BatchNorm2d):
                 setattr(parent, name, nn.Identity())
-    return _renewed(case, lr=float(case.optimizer.param_groups[0]["lr"]))
+    lr = float(case.optimizer.param_groups[0]["lr"])
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=lr, momentum=0.9)
+    return Case(case.model, optimizer, case.loader, case.probe_loader, case.loss_fn)
 
 
 def _renewed(case: Case, *, lr: float, eps: float = 1e-8) -> Case:
