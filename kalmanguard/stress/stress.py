@@ -103,8 +103,10 @@ def stress(
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(256, 4)
     >>> data = [(part, (part[:, :1] > 0).long().squeeze(1)) for part in x.split(32)]
-    >>> report = stress(nn.Linear(4, 2), data, seeds=2, kinds=("weight noise", "precision"))
-    >>> report.complete, 40 < report.score < 100
+    >>> model = nn.Linear(4, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    >>> report = stress(model, data, optimizer=optimizer, seeds=2, kinds=("weight noise", "precision"))
+    >>> report.complete, 80 < report.score < 100
     (True, True)
     """
     _check(kinds=kinds, seeds=seeds, seed=seed, budget_s=budget_s, train_steps=train_steps, warmup_steps=warmup_steps)
