@@ -36,6 +36,7 @@ from benchmarks.scaling import Scaling
 from benchmarks.sketch import SketchBenchmark as Sketch
 from benchmarks.snapshots import Snapshots
 from benchmarks.spectrum import Spectrum
+from benchmarks.stress import Stress
 from benchmarks.thermostat import Thermostat
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -63,6 +64,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Spectrum(),
     Thermostat(),
     Oscillator(),
+    Stress(),
 )
 #: Options, each with a value, that decide where a result goes or comes from, not what it is.
 _WHERE = ("--json", "--plot", "--write", "--cache", "--processes", "--load", "--corpus", "--runs")

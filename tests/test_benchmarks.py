@@ -20,6 +20,8 @@ from benchmarks.organic.out_of_memory import rehearse
 from benchmarks.plants import RECIPES, REPLICA, Truth, fault_step, make_plant
 from benchmarks.pool import fly_all
 from benchmarks.replica import _judge
+from benchmarks.stress import PAIRS, TWINS, Stress
+from kalmanguard.stress import KINDS
 
 
 @pytest.fixture(autouse=True)
@@ -321,3 +323,21 @@ def test_a_short_look_is_drawn_and_written(name, tmp_path, capsys):
     assert "| kalmanguard |" in capsys.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert json.loads(raw.read_text())["guards"][:2] == ["none", "kalmanguard"]
+
+
+#: Sound twins of the benchmark of stability scores.
+SOUND = {sound for sound, _ in PAIRS.values()}
+
+
+def test_the_table_of_stability_scores_counts_weak_twins_that_score_lower():
+    parts = dict.fromkeys(KINDS, 50.0)
+    cases = [
+        {"twin": twin, "seed": seed, "score": 60.0 + seed if twin in SOUND else 40.0, **parts}
+        for twin in TWINS
+        for seed in (0, 1)
+    ]
+    cases[1 + 2 * list(TWINS).index("CNN, no norm")]["score"] = 99.0
+    section = Stress().markdown({"cases": cases})
+    assert "| 60.5 (60.0 to 61.0) | 40.0 (40.0 to 40.0) | 2 of 2 |" in section
+    assert "| CNN (3 layers), no normalisation | 60.5 (60.0 to 61.0) | 69.5 (40.0 to 99.0) | 1 of 2 |" in section
+    assert f"Below: {2 * len(PAIRS) - 1} of {2 * len(PAIRS)}" in section

@@ -12,7 +12,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in
 #: Pages of which every block runs.
 RUNNABLE = (
     *("calibration", "dynamics", "estimation", "forensics", "offline", "plants", "predictor", "spectrum"),
-    "trajectories",
+    *("stress", "testing", "trajectories"),
 )
 
 

@@ -15,6 +15,7 @@ from kalmanguard.cli.monitor import monitor
 from kalmanguard.cli.replay import replay
 from kalmanguard.cli.run import run
 from kalmanguard.cli.show import show
+from kalmanguard.cli.stress import stress
 from kalmanguard.cli.study import study
 from kalmanguard.cli.terminal import Command
 from kalmanguard.cli.verify import verify
@@ -51,7 +52,7 @@ def top(
 _PANELS = {
     "Train": (demo, run),
     "Watch and check": (monitor, show, verify, replay),
-    "Analyse": (analyze, compare, calibrate),
+    "Analyse": (analyze, compare, calibrate, stress),
     "Set up": (doctor,),
 }
 for panel, commands in _PANELS.items():
