@@ -9,6 +9,7 @@ import typer
 from kalmanguard.cli.analyze import analyze
 from kalmanguard.cli.calibrate import calibrate
 from kalmanguard.cli.compare import compare
+from kalmanguard.cli.dashboard import dashboard
 from kalmanguard.cli.demo import demo
 from kalmanguard.cli.replay import replay
 from kalmanguard.cli.run import run
@@ -46,6 +47,6 @@ def top(
     """
 
 
-for command in (demo, run, show, verify, replay, analyze, compare, calibrate):
+for command in (demo, run, show, dashboard, verify, replay, analyze, compare, calibrate):
     app.command(cls=Command)(command)
 app.add_typer(study, name="study")

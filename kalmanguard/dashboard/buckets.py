@@ -56,17 +56,21 @@ class Buckets:
 
     def __init__(self, columns: int, *, most: int, width: int = 1, start: int | None = None) -> None:
         self.width, self.start, self._most = width, start, most
-        self._low = np.full((most, columns), np.nan)
-        self._high = np.full((most, columns), np.nan)
+        self._low = np.empty((0, columns))
+        self._high = np.empty((0, columns))
         # Which records lie in a bucket, for a closer look; -1: none.
-        self._first = np.full(most, -1, np.int64)
-        self._last = np.full(most, -1, np.int64)
+        self._first = np.empty(0, np.int64)
+        self._last = np.empty(0, np.int64)
         self._used = 0
 
     def add(self, steps: IntArray, seqs: IntArray, values: FloatArray) -> None:
         """Take in rows: their steps, the numbers of their records, and their values; nan counts as none."""
         if not len(steps):
             return
+        if not len(self._low):  # not before there is something to keep
+            shape = self._most, self._low.shape[1]
+            self._low, self._high = np.full(shape, np.nan), np.full(shape, np.nan)
+            self._first, self._last = np.full(self._most, -1, np.int64), np.full(self._most, -1, np.int64)
         if self.start is None:
             self.start = int(steps[0])
         offsets = np.maximum(steps - self.start, 0)

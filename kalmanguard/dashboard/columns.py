@@ -22,7 +22,7 @@ from kalmanguard.journal.codec import (
 from kalmanguard.journal.schema import Row
 from kalmanguard.records import FloatArray
 
-#: What is drawn. ``lost``: 1 where a training or held-out loss was not finite. ``damping``: jerk over acceleration of
+#: What is drawn. ``lost``: whether a training or held-out loss was not finite. ``damping``: jerk over acceleration of
 #: the sketched updates. ``level`` and ``mode`` are the codes of `kalmanguard.journal.codec`.
 COLUMNS: Final = (
     "loss", "gradient_norm", "update_norm", "learning_rate", "lost",
@@ -117,7 +117,7 @@ class Decoder:
                 lost[index] |= self._row(values[index], row, head)
             except (struct.error, ValueError, IndexError) as error:
                 raise JournalError(f"Record {row.seq} of the journal is malformed ({error}).") from error
-        values[lost, AT["lost"]] = 1.0
+        values[:, AT["lost"]] = np.where(flags & (LOSS | PROBE), lost, np.nan)
         values[:, AT["level"]], values[:, AT["mode"]] = heads["level"], heads["mode"]
         values[~np.isfinite(values)] = np.nan
         return StepTable(np.fromiter((row.seq for row in rows), np.int64, len(rows)), heads, values)
