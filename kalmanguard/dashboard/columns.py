@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,5 +168,5 @@ class Decoder:
             self._earlier = [*self._earlier[-1:], velocity]
 
 
-def _put(values: FloatArray, name: str, column: FloatArray, known: NDArray[np.uint32]) -> None:
+def _put(values: FloatArray, name: str, column: FloatArray, known: NDArray[np.integer[Any]]) -> None:
     values[:, AT[name]] = np.where(known != 0, column, np.nan)

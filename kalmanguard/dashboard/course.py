@@ -251,6 +251,12 @@ class Course:
                 closer.add(table.steps[within], table.seqs[within], table.values[within])
         return closer.stretch(low, high, points)
 
+    @property
+    def observes(self) -> bool:
+        """Whether the supervisor only reports."""
+        settings = self.header.get("settings")
+        return isinstance(settings, dict) and settings.get("mode") == "observe"
+
     def value(self, name: str) -> float:
         """Last known value of a column; nan when there is none."""
         return float(self.latest[AT[name]])

@@ -39,6 +39,10 @@ def of_step(seq: int, m: Measurement, d: Decision) -> Event | None:
     """The event that a step is; ``None`` for one that was accepted in peace."""
     if d.action is not Action.ACCEPT:
         return Event(seq, m.step, d.action.value, shown(d.reason), d.restored_step)
+    if d.proposed is not Action.ACCEPT:
+        # The engine's sentence speaks of the deed as done.
+        text = f"Proposed only ({d.proposed.value}), for the supervisor observes: {d.reason}"
+        return Event(seq, m.step, Level.CONFIRMED.value, shown(text))
     if d.level in (Level.SUSPECT, Level.CONFIRMED):
         return Event(seq, m.step, d.level.value, shown(d.reason))
     if m.findings:

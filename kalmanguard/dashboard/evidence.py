@@ -44,7 +44,7 @@ def evidence(file: Path, seq: int) -> dict[str, Any] | None:
     told = [_plain(item) for item in d.evidence]
     return found | {
         "word": event.word if event else d.level.value,
-        "text": shown(d.reason),
+        "text": event.text if event else shown(d.reason),
         "action": d.action.value,
         "proposed": d.proposed.value,
         "level": d.level.value,

@@ -77,7 +77,7 @@ class Library:
         self._entries: dict[str, Entry] = {}
         self._lock = Lock()
         self._stop, self._wake = Signal(), Signal()
-        self.certificates = Certificates(lambda key: self.told(key))
+        self.certificates = Certificates(self._certified)
         self._scanned = 0.0
         self.scan()
         self._thread = Thread(target=self._follow, name="kalmanguard-dashboard", daemon=True)
@@ -120,6 +120,9 @@ class Library:
         self._wake.set()
         self._thread.join(10.0)
         self.certificates.close()
+
+    def _certified(self, key: str) -> None:
+        self.told(key)
 
     def _follow(self) -> None:
         while not self._stop.is_set():

@@ -58,7 +58,7 @@ class Dashboard:
             len(token) < SHORTEST_TOKEN or not all(c.isascii() and (c.isalnum() or c in "-_") for c in token)
         ):
             raise ConfigurationError(
-                f"The token must have at least {SHORTEST_TOKEN} letters, digits, - or _; without one given, one is made up."
+                f"The token must have at least {SHORTEST_TOKEN} letters, digits, - or _; without one, it is made up."
             )
         self.token = token if token is not None or is_loopback(host) else secrets.token_urlsafe(24)
         self.library = Library(runs)

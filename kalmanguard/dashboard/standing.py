@@ -80,17 +80,13 @@ def _word(course: Course) -> tuple[Word, str]:
         return Word.HALTED, f"The recovery ladder was exhausted and training was halted. {done}"
     if mode is Mode.RECOVERING:
         return Word.RECOVERING, f"An earlier state was restored; the run is watched until it is back to normal. {done}"
+    if course.value("lost") == 1.0 and course.state["action"] == 0:
+        return Word.HARMED, f"The last loss is not finite. {done}"
     y, bound = course.value("y"), course.value("bound")
     if y > bound:
         return Word.HARMED, f"The last held-out loss, {y:.4g}, lies above its bound, {bound:.4g}. {done}"
-    observed = course.header.get("settings", {}).get("mode") == "observe"
-    if observed and any(proposed for _, proposed in course.recent):
-        return Word.HARMED, (
-            "Harm was found in the last steps, and nothing was done about it, because the supervisor only observes. "
-            f"{done}"
-        )
-    if course.value("lost") == 1.0 and course.state["action"] == 0:
-        return Word.HARMED, f"The last loss is not finite. {done}"
+    if course.observes and any(proposed for _, proposed in course.recent):
+        return Word.HARMED, f"Harm was found in the last steps. {done}"
     if course.state["level"] == 0:
         return Word.WARMING_UP, f"Warm-up goes on: the envelope is not in force yet. {done}"
     suspicious = sum(level >= 2 for level, _ in course.recent)
@@ -101,6 +97,9 @@ def _word(course: Course) -> tuple[Word, str]:
 
 
 def _done(course: Course) -> str:
+    if course.observes:
+        confirmed = course.events.counts["CONFIRMED"]
+        return f"Harm was confirmed in {confirmed:,} step{'s' * (confirmed != 1)}; nothing is done in observe mode."
     undone, dropped = course.events.counts["ROLLBACK"], course.events.counts["VETO"]
     if not undone and not dropped:
         return "Nothing had to be dropped or undone."
@@ -118,12 +117,14 @@ def _advice(course: Course, word: Word) -> Iterator[str]:
             "The best certified state is restored. Look at the first rollback below, mend its cause, and resume from "
             "the last clean checkpoint."
         )
-    if word is Word.HARMED and course.header.get("settings", {}).get("mode") == "observe":
+    if word is Word.HARMED and course.observes:
         yield "With mode = protect the supervisor would have acted by itself."
     if course.events.counts["ERROR"]:
         yield "The supervisor has reported faults of its own: look for ERROR among the events."
     if word in (Word.EMPTY, Word.UNREADABLE):
         return
+    if word is Word.HEALTHY and any(name in ADVICE for name in course.detectors):
+        yield "Nothing needs to be done now. Should what has been seen come again:"
     # What confirmed harm first, then what was seen most often.
     ranked = sorted(
         course.detectors, key=lambda name: (name not in ("envelope", "loss-finite"), -course.detectors[name])

@@ -4,16 +4,17 @@ import { element, number, percent, whole } from "./text.js";
 const uPlot = window.uPlot;
 const LEFT = 58, RIGHT = 14;
 
-// name: column; ink: colour; band: another column to fill up to; constant: a level of its own.
+// column: what is drawn; ink: colour; area: another column to fill up to; constant: a level of its own; sparse: known at
+// some steps only, so that a line runs through the least values, and a whisker goes up to the greatest.
 export const CHARTS = [
   {
-    id: "held-out", title: "Held-out loss", unit: "in the unit of the loss", wide: true, height: 250, lost: true,
+    id: "held-out", title: "Held-out loss", unit: "in the unit of the loss", wide: true, height: 250, lost: true, cap: "bound",
     empty: "No probe has been taken yet: the held-out loss is measured now and then only.",
     series: [
       { column: "loss", said: "training loss", ink: "sky", width: 1, faint: true },
       { column: "predicted_low", said: "predicted, 2 deviations", ink: "green", area: "predicted_high" },
-      { column: "bound", said: "bound of the envelope", ink: "red", dash: [7, 4], width: 1.6 },
-      { column: "y", said: "held-out loss", ink: "ink", width: 1.8, points: true },
+      { column: "bound", said: "bound of the envelope", ink: "red", dash: [7, 4], width: 1.6, steps: true, sparse: true },
+      { column: "y", said: "held-out loss", ink: "ink", width: 1.8, points: true, sparse: true },
     ],
     needs: ["y", "loss"],
   },
@@ -26,15 +27,15 @@ export const CHARTS = [
       { column: "z_gain", said: "update per rate", ink: "green", dash: [6, 3] },
       { column: "z_buffers", said: "buffers", ink: "sky", dash: [2, 3] },
       { column: "z_trajectory", said: "trajectory", ink: "pink", dash: [8, 3, 2, 3] },
-      { column: "z_probe", said: "held-out loss", ink: "ink", points: true },
+      { column: "z_probe", said: "held-out loss", ink: "ink", points: true, sparse: true },
       { constant: "suspicion", said: "suspicion begins", ink: "red", dash: [7, 4] },
     ],
   },
   {
-    id: "give-back", title: "Give-back", unit: "share of the progress that is lost", format: percent, floor: 0,
+    id: "give-back", title: "Give-back", unit: "share of the progress that is lost", format: percent, floor: 0, cap: 1.5,
     empty: "No progress has been measured yet that could be given back.",
     series: [
-      { column: "give_back", said: "given back", ink: "blue", width: 1.6, points: true },
+      { column: "give_back", said: "given back", ink: "blue", width: 1.6, points: true, sparse: true },
       { constant: "give_back", said: "allowed", ink: "red", dash: [7, 4] },
     ],
   },
@@ -99,7 +100,7 @@ export class Chart {
       const top = line.area ? data.columns[line.area] : column.high && { low: column.high };
       if (top) {
         values.push(this.positive(top.high || top.low));
-        bands.push({ series: [low + 1, low], fill: ink(line.area ? "band" : "spread"), area: Boolean(line.area) });
+        if (!line.sparse) bands.push({ series: [low + 1, low], fill: ink(line.area ? "band" : "spread") });
         drawn[drawn.length - 1].top = low + 1;
       }
     }
@@ -131,11 +132,11 @@ export class Chart {
       if (line.at === undefined) continue;
       const base = {
         stroke: line.area ? "transparent" : ink(line.ink), width: line.width || 1.3, dash: line.dash, spanGaps: true,
-        alpha: line.faint ? 0.75 : 1,
+        alpha: line.faint ? 0.75 : 1, paths: line.steps ? uPlot.paths.stepped({ align: 1 }) : undefined,
         points: { show: (plot, at, from, to) => Boolean(line.points) && to - from < 90, size: 5, fill: ink(line.ink) },
       };
       series.push({ ...base });
-      if (line.top) series.push({ ...base, points: { show: false } });
+      if (line.top) series.push({ ...base, points: { show: false }, stroke: line.sparse ? "transparent" : base.stroke });
     }
     const axis = { stroke: ink("quiet"), grid: { stroke: ink("grid"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
     const format = this.spec.format || ((value) => number(value, 3));
@@ -146,8 +147,8 @@ export class Chart {
         cursor: { sync: { key: this.sync.key, scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 }, y: false },
         scales: { x: { time: false, auto: false }, y: { auto: false, distr: this.spec.log ? 3 : 1 } },
         axes: [
-          { ...axis, size: 30, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
-          { ...axis, size: LEFT, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) },
+          { ...axis, size: 28, label: "step", labelSize: 17, labelGap: 0, labelFont: axis.font, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
+          { ...axis, size: LEFT, values: (_, ticks) => ticks.map((tick) => (tick === null || (this.spec.log && Math.log10(tick) % 1) ? "" : format(tick))) },
         ],
         hooks: {
           setCursor: [(plot) => this.tell(plot.cursor.idx)],
@@ -184,10 +185,13 @@ export class Chart {
     all.sort((a, b) => a - b);
     const at = (share) => all[Math.min(all.length - 1, Math.floor(share * all.length))];
     let low = all[0], high = all[all.length - 1];
-    if (this.spec.log) return high > low * 1.02 ? [low / 1.2, high * 1.2] : [low / 2, high * 2];
-    const middle = at(0.98) - at(0.02) || Math.abs(high) || 1;
+    if (this.spec.log) return [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high * 1.01))];
+    const middle = at(0.98) - at(0.02) || Math.abs(at(0.5)) || Math.abs(high) || 1;
     high = Math.min(high, at(0.98) + 2.5 * middle);
     low = Math.max(low, at(0.02) - 2.5 * middle);
+    const bounds = this.spec.cap === "bound" && this.data.columns.bound;
+    if (bounds) high = Math.min(high, low + 2 * (Math.max(...bounds.low.filter(Number.isFinite)) - low));
+    else if (this.spec.cap) high = Math.min(high, this.spec.cap);
     if (this.spec.floor !== undefined) low = this.spec.floor;
     const room = 0.06 * (high - low || Math.abs(high) || 1);
     return [this.spec.floor !== undefined ? low : low - room, high + room];
@@ -231,16 +235,48 @@ export class Chart {
         ctx.stroke();
       }
     }
+    for (const line of this.drawn) if (line.at !== undefined && !line.area) this.beyond(plot, line, ratio);
     const lost = this.spec.lost && this.data.columns.lost;
     if (lost) {
       ctx.fillStyle = ink("red");
+      ctx.textAlign = "center";
       ctx.font = `bold ${13 * ratio}px sans-serif`;
       const values = lost.high || lost.low;
       values.forEach((value, index) => {
-        if (value === 1) ctx.fillText("✕", plot.valToPos(this.data.steps[index], "x", true) - 5 * ratio, bbox.top + 13 * ratio);
+        if (value === 1) ctx.fillText("✕", plot.valToPos(this.data.steps[index], "x", true), bbox.top + 13 * ratio);
       });
     }
     ctx.restore();
+  }
+
+  // Whiskers of sparse columns, and a triangle at the edge for what lies beyond it.
+  beyond(plot, line, ratio) {
+    const { ctx, bbox } = plot, { min, max } = plot.scales.y;
+    const lows = plot.data[line.at], highs = plot.data[line.top || line.at];
+    ctx.strokeStyle = ctx.fillStyle = ink(line.ink);
+    ctx.setLineDash([]);
+    ctx.lineWidth = 1.6 * ratio;
+    let last = -Infinity;
+    for (let index = 0; index < highs.length; index++) {
+      const low = lows[index], high = highs[index];
+      if (high === null || high === undefined) continue;
+      const x = plot.valToPos(this.data.steps[index], "x", true);
+      if (line.sparse && !line.steps && high > low) {
+        ctx.beginPath();
+        ctx.moveTo(x, plot.valToPos(low, "y", true));
+        ctx.lineTo(x, plot.valToPos(Math.min(high, max), "y", true));
+        ctx.stroke();
+        if (high <= max) ctx.fillRect(x - 3 * ratio, plot.valToPos(high, "y", true) - 3 * ratio, 6 * ratio, 6 * ratio);
+      }
+      if (x - last < 9 * ratio || (high <= max && low >= min)) continue;
+      last = x;
+      const up = high > max, edge = up ? bbox.top + 1 : bbox.top + bbox.height - 1, away = (up ? 8 : -8) * ratio;
+      ctx.beginPath();
+      ctx.moveTo(x, edge);
+      ctx.lineTo(x - 4.5 * ratio, edge + away);
+      ctx.lineTo(x + 4.5 * ratio, edge + away);
+      ctx.fill();
+    }
   }
 
   tell(index) {

@@ -97,7 +97,8 @@ function verdict(summary) {
   notice(summary.word === "UNREADABLE" ? "" : summary.trouble || reading);
   const advice = summary.advice.length ? summary.advice : ["Nothing: let it run."];
   byId("advice").replaceChildren(...advice.map((text) => element("li", {}, text)));
-  byId("facts").textContent = `${summary.name}: ${summary.model}; ${whole(summary.records)} records. Last decision: ${summary.last_decision || "none yet"}`;
+  byId("facts").textContent = `${summary.name}: ${summary.model}; ${whole(summary.records)} records, ${whole(summary.durable)} durable checkpoints.`;
+  byId("decision").textContent = summary.last_decision ? `Last decision: ${summary.last_decision}` : "";
 }
 
 function figures(summary) {

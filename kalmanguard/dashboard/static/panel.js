@@ -50,7 +50,7 @@ function describe(found) {
   const measured = Object.entries(found.measured || found.facts || {});
   if (measured.length) {
     told.push(...part(found.measured ? "Measured" : "Recorded", element("dl", { class: "keys" },
-      ...measured.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, typeof value === "number" ? number(value, 5) : String(value))]))));
+      ...measured.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value === null ? "not finite" : typeof value === "number" ? number(value, 5) : String(value))]))));
   }
   const state = found.level ? ` · level ${found.level.toLowerCase()} · ${found.mode.toLowerCase()}` : "";
   told.push(element("p", { class: "quiet" }, `Record ${whole(found.seq)} of the journal${state}`));
