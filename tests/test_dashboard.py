@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from kalmanguard.dashboard.standing import Word, standing
 from kalmanguard.errors import ConfigurationError
 from kalmanguard.journal import JournalReader, JournalWriter
 from kalmanguard.records import Evidence, Guarantee
-from tests.dashboard_runs import HEADER, loss_of, step_of, suspicion, write
+
+from .dashboard_runs import HEADER, loss_of, step_of, suspicion, write
 
 server = pytest.importorskip("kalmanguard.dashboard.server")
 ROOT = Path(__file__).parent.parent
@@ -348,34 +350,39 @@ def test_a_run_that_was_killed_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_new_rows_reach_every_viewer_while_another_process_writes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.dashboard_runs", str(tmp_path / "run"), "400", "0.005"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with served(tmp_path) as (port, made):
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-        try:
-            key = wait_for(lambda: [entry.key for entry in made.library.entries()], bool, 30.0)[0]
-            connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=20) for _ in range(3)]
-            answers = []
-            for connection in connections:
-                connection.request("GET", f"/api/v1/runs/{key}/stream")
-                answers.append(connection.getresponse())
-            for answer in answers:
-                assert answer.headers["content-type"].startswith("text/event-stream")
-                seen = [step for step in _steps(answer) if step][:4]
-                assert seen == sorted(set(seen))
-            assert writer.wait(60) == 0
-            last = next(step for step in _steps(answers[0]) if step == 400)
-            assert last == 400
-            for connection in connections:
-                connection.close()
-        finally:
-            writer.kill()
-            writer.wait()
-            assert writer.stdout is not None
-            writer.stdout.close()
+    with written(tmp_path / "run", 300, 0.01) as writer, served(tmp_path) as (port, made):
+        key = made.library.entries()[0].key
+        connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=20) for _ in range(3)]
+        answers = []
+        for connection in connections:
+            connection.request("GET", f"/api/v1/runs/{key}/stream")
+            answers.append(connection.getresponse())
+        for answer in answers:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            seen = list(islice((step for step in _steps(answer) if step), 3))
+            assert seen == sorted(set(seen))
+        assert writer.wait(60) == 0
+        assert next(step for step in _steps(answers[0]) if step >= 300) == 300
+        for connection in connections:
+            connection.close()
         # The writer could fold its log while the page watched.
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["journal.sqlite"]
         wait_for(lambda: ask(port, f"/api/v1/runs/{key}")[1], lambda data: data["activity"] == "closed")
+
+
+@contextmanager
+def written(folder: Path, steps: int, pause_s: float) -> Iterator[subprocess.Popen[str]]:
+    """A process that writes a run, once it has begun."""
+    command = [sys.executable, "-m", "tests.dashboard_runs", str(folder), str(steps), str(pause_s)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open(folder.with_suffix(".log"), "w") as log:
+        writer = subprocess.Popen(command, stdout=log, text=True, cwd=ROOT, env=environment)
+    try:
+        wait_for(lambda: folder.with_suffix(".log").read_text(), bool, 60.0)
+        yield writer
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def _steps(answer: http.client.HTTPResponse) -> Iterator[int]:
