@@ -61,7 +61,7 @@ def test_the_reason_of_a_rollback_is_two_clicks_away(browser: Any, rescued: Path
         page.keyboard.press("Escape")
         page.keyboard.press("?")
         page.wait_for_selector("#help-panel")
-        page.wait_for_function("document.querySelectorAll('#claims .status').length > 5", timeout=60_000)
+        wait_for(lambda: page.locator("#claims .status").count(), lambda count: count > 5, 60.0)
         assert "No claim of convergence" in page.inner_text("#non-claims")
         assert said == []
 
@@ -69,7 +69,7 @@ def test_the_reason_of_a_rollback_is_two_clicks_away(browser: Any, rescued: Path
 def test_the_page_follows_a_run_while_it_is_written(browser: Any, tmp_path: Path) -> None:
     with written(tmp_path / "<img src=x onerror=alert(1)>", 500, 0.02), served(tmp_path) as (port, _):
         page, said = opened(browser, port)
-        page.wait_for_function("document.querySelectorAll('#chart-held-out canvas').length === 1")
+        page.wait_for_selector("#chart-held-out canvas")
 
         def step() -> int:
             return int(page.inner_text("#figures dd >> nth=0").split()[0].replace(",", ""))
@@ -92,7 +92,7 @@ def test_nothing_is_cut_off(browser: Any, rescued: Path, scheme: str, width: int
     with served(rescued.parent) as (port, _):
         page, said = opened(browser, port, viewport=size, color_scheme=scheme, reduced_motion="reduce")
         page.wait_for_selector("#told .event")
-        page.wait_for_function("document.querySelectorAll('.plot canvas').length >= 5")
+        wait_for(lambda: page.locator(".plot canvas").count(), lambda count: count >= 5)
         assert page.evaluate("document.documentElement.dataset.theme") == scheme
         assert page.evaluate("document.documentElement.scrollWidth") == width
         beyond = page.evaluate(

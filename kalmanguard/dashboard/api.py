@@ -55,7 +55,6 @@ def application(library: Library, streams: Streams) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         streams.start()
         yield
-        streams.close()
 
     async def failed(_: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500

@@ -70,13 +70,15 @@ class Dashboard:
         self.port: int = self._socket.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
         self._name = "localhost" if name in ("0.0.0.0", "[::]") else name
+        streams = Streams(self.library)
         app = Guard(
-            application(self.library, Streams(self.library)),
+            application(self.library, streams),
             hosts=allowed_hosts(host, allow_hosts),
             token=self.token,
             any_address=host in ("0.0.0.0", "::"),
         )
-        self._server = uvicorn.Server(
+        self._server = _Server(
+            streams,
             uvicorn.Config(
                 app, log_level="warning", access_log=False, server_header=False, ws="none", http="h11",
                 h11_max_incomplete_event_size=16_384, timeout_keep_alive=30, timeout_graceful_shutdown=2,
@@ -106,6 +108,19 @@ class Dashboard:
         """Let go of socket, threads and journals. Closing twice is harmless."""
         self._socket.close()
         self.library.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends the streams before it waits for its answers to be finished, which streams never are."""
+
+    def __init__(self, streams: Streams, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._streams = streams
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Come to an end."""
+        self._streams.close()
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -85,6 +85,8 @@ class Streams:
                     alive = loop.time()
                     yield b": alive\n\n"
                 await asyncio.sleep(SHORTEST_S)
+                if self._closed:
+                    return
                 try:
                     await asyncio.wait_for(change.wait(), _LOOK_S)
                 except TimeoutError:

@@ -91,11 +91,11 @@ export class Panel {
     this.dialog.scrollTop = 0;
   }
 
-  // The neighbours, or, when nothing is open, the last one.
+  // The neighbour of what is open; when nothing is, what was open last, or else the latest event.
   move(by) {
     const events = this.find();
     const at = events.findIndex((event) => event.seq === this.seq);
-    const next = at < 0 ? events[by < 0 ? events.length - 1 : 0] : events[at + by];
+    const next = at >= 0 && !this.dialog.open ? events[at] : at < 0 ? events[by < 0 ? events.length - 1 : 0] : events[at + by];
     if (next) this.open(next.run, next.seq);
   }
 
