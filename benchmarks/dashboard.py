@@ -54,7 +54,7 @@ class DashboardBenchmark(Benchmark):
         return table(heads, rows) + (
             "\n\nMedians over the rounds. *Row*: what the training loop waits for in the journal, of which one row in "
             "sixteen commits. *To the viewer*: from the call that wrote a row to the summary that holds it; a row may "
-            "wait up to 80 ms for its commit, and a viewer is told at most every 0.4 s."
+            "wait up to 80 ms for its commit, and a viewer is told at most every 0.25 s."
         )
 
 

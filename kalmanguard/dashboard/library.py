@@ -22,7 +22,7 @@ from kalmanguard.journal.schema import FILE_NAME
 #: How deep runs are looked for under a folder, how many folders are visited, how many runs are taken.
 DEPTH, VISITED, MOST_RUNS = 4, 20_000, 500
 #: Seconds between two looks: at runs that somebody watches, at all others, for new runs.
-POLL_S, IDLE_S, SCAN_S = 0.2, 3.0, 5.0
+POLL_S, IDLE_S, SCAN_S = 0.15, 3.0, 5.0
 #: Runs that are kept in memory, and seconds after which one that nobody asks for may be dropped.
 MOST_READ, KEPT_S = 24, 120.0
 _SLICE_S = 0.25

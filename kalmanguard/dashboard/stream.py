@@ -10,7 +10,7 @@ from kalmanguard.dashboard.answers import encode, summary
 from kalmanguard.dashboard.library import Entry, Library
 
 #: Seconds between two messages at least, between two looks at whether a run has gone silent, and between signs of life.
-SHORTEST_S: Final = 0.4
+SHORTEST_S: Final = 0.25
 _LOOK_S, _ALIVE_S = 2.0, 15.0
 #: Streams that are served at once.
 MOST_STREAMS: Final = 200
