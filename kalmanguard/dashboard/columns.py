@@ -77,7 +77,7 @@ class Decoder:
 
     Notes
     -----
-    About 6 us a row at a sketch of 64 numbers. The jerk ratio is ``sqrt(sum |v_t - 2 v_{t-1} + v_{t-2}|^2 / sum
+    The jerk ratio is ``sqrt(sum |v_t - 2 v_{t-1} + v_{t-2}|^2 / sum
     |v_t - v_{t-1}|^2)`` with weights that fade over 128 steps; velocities without memory give 1.73. HEURISTIC.
     """
 

@@ -56,7 +56,7 @@ class Course:
 
     Notes
     -----
-    About 10 us a row, once. Memory does not depend on the length of the run: about 6 MB. The journal is open only
+    About 27 us a row, once. Memory does not depend on the length of the run: about 6 MB. The journal is open only
     while new rows are read, a few milliseconds, so that the writer can fold its log whenever it wants to.
     """
 
