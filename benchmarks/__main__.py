@@ -16,6 +16,7 @@ from benchmarks.benchmark import Benchmark, Result
 from benchmarks.calibration import CalibrationBenchmark as Calibration
 from benchmarks.catalogue import Catalogue
 from benchmarks.cost import Cost
+from benchmarks.dashboard import DashboardBenchmark as Dashboard
 from benchmarks.data_quality import DataQualityBenchmark as DataQuality
 from benchmarks.forensics import ForensicsBenchmark, ForensicsHealthy
 from benchmarks.healthy import Healthy
@@ -58,6 +59,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     ProbeClock(),
     Snapshots(),
     Journal(),
+    Dashboard(),
     DataQuality(),
     ForensicsBenchmark(),
     ForensicsHealthy(),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kalmanguard.analysis.advice import ADVICE
 from kalmanguard.analysis.judgement import Judgement
 from kalmanguard.records import Action
 
@@ -171,26 +172,6 @@ def _not_finite(j: Judgement) -> str | None:
     return None
 
 
-_ADVICE = {
-    "loss": "Training-loss spikes: look whether the same batches spike from another state too (hard data); if they do "
-    "not, lower the learning rate or warm it up longer.",
-    "gradient": "Gradient norms jump: clip them at a little above their usual size, lengthen the warm-up, or lower the "
-    "learning rate; Adam's second beta of 0.95 instead of 0.999 forgets a spike sooner.",
-    "gradient-gate": "Gradients that are not finite, or tenfold the largest, should be skipped, not applied.",
-    "gain": "Updates change size for the same learning rate: look at the optimizer's second moment, and at epsilon.",
-    "trajectory": "The updates break with their past: look for a change of data, schedule or optimizer.",
-    "drift": "The training loss drifts upwards: a learning rate that still rises, labels that have changed, or a data "
-    "source that got worse.",
-    "learning-rate": "The learning rate is above all that was tried before: raise it more slowly.",
-    "loss-finite": "Losses that are not finite: skip those steps; with float16 or bfloat16 look for overflow in logits "
-    "and normalisation.",
-    "probe-innovation": "The held-out loss has moved where its past did not point to.",
-    "overfitting": "The held-out loss rises while the training loss falls: stop early, regularise, or get more data.",
-    "envelope": "Progress was lost: restore a checkpoint from before, skip the batches since, and go on with a lower "
-    "learning rate; a supervisor in the loop does that by itself.",
-}  # fmt: skip
-
-
 def _advice(j: Judgement, health: Health) -> Iterator[str]:
     counts: dict[str, int] = {}
     for event in j.events:
@@ -204,14 +185,14 @@ def _advice(j: Judgement, health: Health) -> Iterator[str]:
         yield f"Go back to a checkpoint from step {rollback.restore:,} or before."
     if health in (Health.HEALTHY, Health.UNKNOWN):
         if "overfitting" in counts:
-            yield _ADVICE["overfitting"]
+            yield ADVICE["overfitting"]
         if not j.probes and j.rows >= j.settings.warmup_steps:
             yield "Log a held-out loss now and then: without one, harm can only be told from the training loss."
         return
     # What confirmed harm first, then what was seen most often.
     for detector in sorted(counts, key=lambda name: (name not in ("envelope", "loss-finite"), -counts[name])):
-        if detector in _ADVICE:
-            yield _ADVICE[detector]
+        if detector in ADVICE:
+            yield ADVICE[detector]
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:

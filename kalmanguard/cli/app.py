@@ -9,6 +9,7 @@ import typer
 from kalmanguard.cli.analyze import analyze
 from kalmanguard.cli.calibrate import calibrate
 from kalmanguard.cli.compare import compare
+from kalmanguard.cli.dashboard import dashboard
 from kalmanguard.cli.demo import demo
 from kalmanguard.cli.doctor import doctor
 from kalmanguard.cli.monitor import monitor
@@ -51,7 +52,7 @@ def top(
 
 _PANELS = {
     "Train": (demo, run),
-    "Watch and check": (monitor, show, verify, replay),
+    "Watch and check": (monitor, dashboard, show, verify, replay),
     "Analyse": (analyze, compare, calibrate, stress),
     "Set up": (doctor,),
 }

@@ -113,8 +113,11 @@ def prepare_to_write(connection: sqlite3.Connection, file: Path | None) -> None:
         _sync_folder(file.parent)
 
 
-def open_for_reading(file: Path) -> sqlite3.Connection:
+def open_for_reading(file: Path, *, traceless: bool = False) -> sqlite3.Connection:
     """Open a journal read-only, beside a writer at work, after its death, or in a read-only folder.
+
+    ``traceless``: without a log beside it, so without a writer, the file is taken as one that nobody changes; otherwise
+    SQLite may make an empty log and its index there. For short looks only: a writer that comes meanwhile is not seen.
 
     Raises
     ------
@@ -126,7 +129,8 @@ def open_for_reading(file: Path) -> sqlite3.Connection:
     uri = file.absolute().as_uri()
     try:
         try:
-            connection = _connect_to_read(f"{uri}?mode=ro")
+            settled = traceless and not Path(f"{file}-wal").exists()
+            connection = _connect_to_read(f"{uri}?{'immutable=1' if settled else 'mode=ro'}")
         except sqlite3.OperationalError as error:
             # SQLite wants to create the log's index beside the file. Without a log there is nothing to index.
             log = Path(f"{file}-wal")

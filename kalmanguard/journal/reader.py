@@ -29,6 +29,9 @@ class JournalReader:
     ----------
     path
         Run folder, or the journal's file.
+    traceless
+        Leave nothing beside a journal that nobody writes, not even SQLite's empty log. For short looks only: a writer
+        that begins meanwhile is not noticed.
 
     Raises
     ------
@@ -47,9 +50,9 @@ class JournalReader:
     (1, True, 2)
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, traceless: bool = False) -> None:
         self.path = locate(path)
-        self._connection = open_for_reading(self.path)
+        self._connection = open_for_reading(self.path, traceless=traceless)
         try:
             first = next(self.rows(), None)
             if first is None:

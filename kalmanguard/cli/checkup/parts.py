@@ -31,6 +31,8 @@ TESTED = {
     "accelerate": "1.15.0",
     "lightning": "2.6.6",
     "peft": "0.21.2",
+    "starlette": "1.10.0",
+    "uvicorn": "0.54.0",
 }
 #: What an extra is good for.
 EXTRAS = {
