@@ -28,7 +28,7 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(found, 1):
         exec(compile(block, f"{page}, block {number}", "exec"), namespace)
-    assert namespace["decision"].step == sum(1 for _ in namespace["train_loader"]) * (3 if "quickstart" in page else 1)
+    assert namespace["decision"].step == sum(1 for _ in namespace["train_loader"]) * (20 if "quickstart" in page else 1)
 
 
 def test_the_page_on_diagnostics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,18 +39,22 @@ def main(page: Path, folder: Path) -> None:
                 exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
             # Where the run lay on the machine that built the page is nobody's business.
             text = printed.getvalue().replace(f"{place}/", "").replace(tempfile.gettempdir(), "/tmp")
-            outputs.append({"text": text, "figures": figures(folder, number)})
+            outputs.append({"text": text, "figures": figures(folder, number, namespace)})
         namespace.clear()  # what is still open in the folder is closed before it goes
         os.chdir("/")
     result = {"outputs": outputs, "seconds": time.perf_counter() - started}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def figures(folder: Path, block: int) -> list[dict[str, str]]:
-    """Save the open figures, and close them; the title of a figure is its alternative text."""
+def figures(folder: Path, block: int, namespace: dict[str, Any]) -> list[dict[str, str]]:
+    """Save the figures of a block; the title of a figure is its alternative text.
+
+    They are those of pyplot, which are closed, and one under the name ``figure``, which is taken away.
+    """
     found = []
-    for number in plt.get_fignums():
-        figure = plt.figure(number)
+    drawn = [plt.figure(number) for number in plt.get_fignums()]
+    last = namespace.pop("figure", None)
+    for number, figure in enumerate(drawn if last is None or last in drawn else [*drawn, last], 1):
         titles = [axes.get_title(loc) for axes in figure.axes for loc in ("left", "center", "right")]
         title = next(filter(None, [figure.get_suptitle(), *titles]), None)
         if title is None:

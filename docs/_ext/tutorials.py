@@ -62,7 +62,9 @@ def run(page: Path, cache: Path, package: str) -> list[dict[str, Any]]:
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
     root = page.parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    # Buffered, so that a line of one process is written at once and not mixed with another's.
+    buffered = {"PYTHONUNBUFFERED": ""}
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"} | buffered
     done = subprocess.run(
         [sys.executable, str(_RUNNER), str(page), str(cache)],
         env=environment, text=True, capture_output=True, check=False,
