@@ -35,6 +35,7 @@ suppress_warnings = ["ref.python"]  # attributes of one name in several classes:
 
 html_theme = "furo"
 html_title = f"kalmanguard {release}"
+pygments_dark_style = "github-dark"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 

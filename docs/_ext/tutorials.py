@@ -86,7 +86,9 @@ def shown(text: str, outputs: list[dict[str, Any]], images: str) -> str:
         parts = [block.group()]
         if output["text"]:
             parts.append(f"````{{code-block}} text\n:class: output\n\n{output['text'].rstrip()}\n````")
-        parts += [f"```{{image}} {images}/{f['file']}\n:alt: {f['alt']}\n:class: figure\n```" for f in output["figures"]]
+        parts += [
+            f"```{{image}} {images}/{f['file']}\n:alt: {f['alt']}\n:class: figure\n```" for f in output["figures"]
+        ]
         return "\n\n".join(parts)
 
     return _BLOCK.sub(with_output, text)
