@@ -21,11 +21,11 @@ PAGES = [
 #: Pages of which every block runs.
 RUNNABLE = (
     *("calibration", "decisions", "dynamics", "estimation", "forensics", "offline", "plants", "predictor", "spectrum"),
-    *("research/damping", "trajectories", "troubleshooting"),
+    *("trajectories", "troubleshooting"),
     *sorted(f"howto/{page.stem}" for page in (DOCS / "howto").glob("*.md")),
 )
-#: Pages with a test of their own; that of the sharded checkpoints starts processes.
-OTHERS = ("quickstart", "diagnostics", "integrations", "sharded_checkpoints")
+#: Pages with a test of their own, here or beside the tests of what they are about.
+OTHERS = ("quickstart", "diagnostics", "integrations", "sharded_checkpoints", "research/damping")
 #: What they include is a page of the repository itself.
 INCLUDING = ("docs/changelog.md", "docs/contributing.md")
 

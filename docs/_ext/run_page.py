@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from tutorials import blocks
+from page_blocks import blocks
 
 
 def main(page: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from page_blocks import BLOCK
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
@@ -26,13 +27,7 @@ FOLDER = "tutorials"
 #: Pages that run at the same time.
 PROCESSES = 2
 _RUNNER = Path(__file__).with_name("run_page.py")
-_BLOCK = re.compile(r"^```python\n.*?^```$", re.MULTILINE | re.DOTALL)
 _LOGGER = logging.getLogger(__name__)
-
-
-def blocks(text: str) -> list[str]:
-    """The Python blocks of a page, without their fences."""
-    return [block.removeprefix("```python\n").removesuffix("```") for block in _BLOCK.findall(text)]
 
 
 def sources(root: Path) -> str:
@@ -40,7 +35,7 @@ def sources(root: Path) -> str:
     digest = hashlib.sha256()
     folders = [root / "kalmanguard", root / "models", root / "examples"]
     files = [path for folder in folders for path in folder.rglob("*.py") if "__pycache__" not in path.parts]
-    for path in sorted([*files, Path(__file__), _RUNNER]):
+    for path in sorted([*files, *Path(__file__).parent.glob("*.py")]):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -91,7 +86,7 @@ def shown(text: str, outputs: list[dict[str, Any]], images: str) -> str:
         ]
         return "\n\n".join(parts)
 
-    return _BLOCK.sub(with_output, text)
+    return BLOCK.sub(with_output, text)
 
 
 def run_all(app: Sphinx) -> None:
