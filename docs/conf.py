@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from importlib.metadata import version as installed
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # autodoc imports torch; the build shall not take the whole machine
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "kalmanguard"
 author = "The kalmanguard developers"
@@ -22,8 +25,9 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "myst_parser",
+    "tutorials",
 ]
-exclude_patterns = ["_build", "_templates", "_api/settings_table.md"]
+exclude_patterns = ["_build", "_ext", "_templates", "_api/settings_table.md"]
 templates_path = ["_templates"]
 default_role = "code"
 nitpicky = False
@@ -31,6 +35,9 @@ suppress_warnings = ["ref.python"]  # attributes of one name in several classes:
 
 html_theme = "furo"
 html_title = f"kalmanguard {release}"
+pygments_dark_style = "github-dark"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

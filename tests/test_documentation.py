@@ -1,19 +1,33 @@
-"""The Python that the README and the quick start show is run, and what they point at exists."""
+"""The Python that the documentation shows is run, and what it points at exists.
+
+The tutorials are run by the build of the documentation (``docs/_ext``); of them only the runner is tested here.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [
+    *("README.md", "CONTRIBUTING.md"),
+    *sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md") if not {"_build", "_api"} & set(page.parts)),
+]
 #: Pages of which every block runs.
 RUNNABLE = (
-    *("calibration", "dynamics", "estimation", "forensics", "offline", "plants", "predictor", "spectrum"),
-    *("stress", "testing", "trajectories"),
+    *("calibration", "decisions", "dynamics", "estimation", "forensics", "offline", "plants", "predictor", "spectrum"),
+    *("stress", "testing", "trajectories", "troubleshooting"),
+    *sorted(f"howto/{page.stem}" for page in (DOCS / "howto").glob("*.md")),
 )
+#: Pages with a test of their own, here or beside the tests of what they are about.
+OTHERS = ("quickstart", "diagnostics", "integrations", "sharded_checkpoints", "research/damping")
+#: What they include is a page of the repository itself.
+INCLUDING = ("docs/changelog.md", "docs/contributing.md")
 
 
 def blocks(page: str) -> list[str]:
@@ -28,7 +42,7 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(found, 1):
         exec(compile(block, f"{page}, block {number}", "exec"), namespace)
-    assert namespace["decision"].step == sum(1 for _ in namespace["train_loader"]) * (3 if "quickstart" in page else 1)
+    assert namespace["decision"].step == sum(1 for _ in namespace["train_loader"]) * (20 if "quickstart" in page else 1)
 
 
 def test_the_page_on_diagnostics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +87,86 @@ def test_the_page_on_several_processes_runs(tmp_path: Path, monkeypatch: pytest.
     for number, block in enumerate(blocks("docs/distributed.md"), 1):
         exec(compile(block, f"docs/distributed.md, block {number}", "exec"), namespace)
     assert namespace["lives"] == [None, 30]
+
+
+def test_no_block_is_left_out() -> None:
+    with_blocks = {page.removeprefix("docs/").removesuffix(".md") for page in PAGES if blocks(page)}
+    tutorials = {name for name in with_blocks if name.startswith("tutorials/")}
+    assert with_blocks - tutorials - {"README"} == {*RUNNABLE, *OTHERS}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and page not in INCLUDING])
+def test_a_page_says_first_whom_it_is_for(page: str) -> None:
+    title, first = (ROOT / page).read_text(encoding="utf-8").split("\n\n")[:2]
+    assert title.startswith("# ")
+    assert first.startswith(("For those ", "For everybody "))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_picture_has_an_alternative_text(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall(r"!\[\s*\]", text) == []
+    assert all(":alt: " in block for block in re.findall(r"^```\{(?:image|figure)\}.*?^```", text, re.M | re.S))
+
+
+def test_the_tutorials_are_numbered_and_lead_on() -> None:
+    pages = sorted((DOCS / "tutorials").glob("*.md"))
+    assert [page.name.split("-")[0] for page in pages] == [str(n) for n in range(1, len(pages) + 1)]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith(f"# {page.name.split('-')[0]}. ")
+        assert "\n## What to read next\n" in text
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    import tutorials
+
+    yield tutorials
+    sys.modules.pop("tutorials")
+
+
+TUTORIAL = """# 1. A page
+
+```python
+import matplotlib.pyplot as plt
+
+a = 6
+figure, axes = plt.subplots()
+axes.set_title("A line", loc="left")
+```
+
+Then:
+
+```python
+print(7 * a)
+```
+"""
+
+
+def test_a_tutorial_is_run_in_one_namespace_and_kept(runner: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "tutorials" / "1-page.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(TUTORIAL, encoding="utf-8")
+    cache = tmp_path / "cache"
+    outputs = runner.run(page, cache, "package")
+    assert [output["text"] for output in outputs] == ["", "42\n"]
+    assert outputs[0]["figures"] == [{"file": "block-1-1.svg", "alt": "A line"}]
+    drawn = cache / "block-1-1.svg"
+    assert "<svg" in drawn.read_text(encoding="utf-8")
+    assert ":alt: A line" in runner.shown(TUTORIAL, outputs, "images")
+
+    drawn.unlink()
+    assert runner.run(page, cache, "package") == outputs
+    assert not drawn.exists()  # as before: nothing was run
+    runner.run(page, cache, "another package")
+    assert drawn.exists()
+
+    page.write_text(TUTORIAL.replace("7 * a", "7 / 0"), encoding="utf-8")
+    with pytest.raises(runner.ExtensionError, match="ZeroDivisionError"):
+        runner.run(page, cache, "package")
 
 
 @pytest.mark.parametrize("page", PAGES)
