@@ -68,6 +68,8 @@ class Supervisor:
         Training loader; one with ``state_dict`` and ``load_state_dict`` can be rewound (``settings.replay``).
     loss_fn
         ``loss_fn(output, target)`` for the probe; inferred when ``None`` and unambiguous.
+    extras
+        Further objects by name, as for `register`: a run that has them is resumed with them.
     settings
         A `Settings`, a preset's name ("conservative", "balanced", "aggressive"), a TOML path or a dict.
     run_dir
@@ -122,11 +124,12 @@ class Supervisor:
         scaler: Any = None,
         loader: Any = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        extras: Mapping[str, Any] | None = None,
         settings: Settings | str | Path | dict[str, Any] = "balanced",
         run_dir: str | Path | None = None,
     ) -> None:
         given = Given(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir)
-        self._build(given, "start")
+        self._build(given, "start", extras)
 
     @classmethod
     def resume(
@@ -140,6 +143,7 @@ class Supervisor:
         scaler: Any = None,
         loader: Any = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        extras: Mapping[str, Any] | None = None,
         settings: Settings | str | Path | dict[str, Any] = "balanced",
     ) -> Self:
         """Continue a run from the last clean checkpoint of ``run_dir``: model, optimizer, random state, supervision.
@@ -156,7 +160,7 @@ class Supervisor:
         """
         self = cls.__new__(cls)
         given = Given(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir)
-        self._build(given, "resume")
+        self._build(given, "resume", extras)
         return self
 
     @classmethod
@@ -171,6 +175,7 @@ class Supervisor:
         scaler: Any = None,
         loader: Any = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        extras: Mapping[str, Any] | None = None,
         settings: Settings | str | Path | dict[str, Any] = "balanced",
     ) -> Self:
         """Continue the run in ``run_dir`` as `resume` does, or begin it there: one line for a script that is restarted.
@@ -187,12 +192,14 @@ class Supervisor:
         """
         self = cls.__new__(cls)
         given = Given(model, probe_loader, optimizer, scheduler, scaler, loader, loss_fn, settings, run_dir)
-        self._build(given, "either")
+        self._build(given, "either", extras)
         return self
 
-    def _build(self, given: Given, begin: Begin) -> None:
+    def _build(self, given: Given, begin: Begin, extras: Mapping[str, Any] | None) -> None:
         own = weakref.ref(self)
         self._extras: dict[str, Any] = {}
+        for name, obj in (extras or {}).items():
+            self._extras[name] = _registrable(name, obj)
         owner = Owner(
             loop=lambda: _alive(own)._loop,
             describe=lambda: _alive(own).state_dict(),
@@ -422,19 +429,13 @@ class Supervisor:
         ConfigurationError
             The object has neither, the name is taken, or snapshots without it exist already.
         """
-        stateful = hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
-        if not stateful and not hasattr(obj, "save_pretrained"):
-            raise ConfigurationError(
-                f"register({name!r}): a {type(obj).__name__} has neither state_dict()/load_state_dict() nor "
-                "save_pretrained()."
-            )
         if name in self._extras:
             raise ConfigurationError(f"register({name!r}): that name is taken; choose another one.")
         if self._loop.actuator.ring.steps():
             raise ConfigurationError(
                 f"register({name!r}): register before the first step, so that every snapshot has it."
             )
-        self._extras[name] = obj
+        self._extras[name] = _registrable(name, obj)
 
     def new_objective(self) -> None:
         """The task changes: what has been gained on the old one no longer binds, and warm-up starts again."""
@@ -807,6 +808,16 @@ class Pause:
 
     def __exit__(self, *_: object) -> None:
         self.resume()
+
+
+def _registrable(name: str, obj: Any) -> Any:
+    stateful = hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
+    if not stateful and not hasattr(obj, "save_pretrained"):
+        raise ConfigurationError(
+            f"register({name!r}): a {type(obj).__name__} has neither state_dict()/load_state_dict() nor "
+            "save_pretrained()."
+        )
+    return obj
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

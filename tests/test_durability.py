@@ -226,3 +226,32 @@ def test_a_rollback_that_death_has_cut_off_is_void_after_a_resume_alone(resume: 
     assert claim.status == (NOT_CLAIMED if resume else "LAPSED")
     assert ("which a resume has made void: 1" in claim.text) == resume
     assert ("Rollbacks without an outcome: 1" in claim.text) != resume
+
+
+def test_registered_objects_come_back_with_a_resumed_run(tmp_path: Path) -> None:
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.swa_utils.AveragedModel]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        return model, torch.optim.SGD(model.parameters(), lr=0.05), average
+
+    inputs = torch.randn(64, 4)
+    held_out = [(inputs, inputs.sum(1, keepdim=True))]
+    model, optimizer, average = made()
+    with Supervisor(
+        model, held_out, optimizer=optimizer, extras={"average": average}, run_dir=tmp_path / "run"
+    ) as supervisor:
+        for _ in range(30):
+            torch.nn.functional.mse_loss(model(inputs), inputs.sum(1, keepdim=True)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+            supervisor.update()
+        supervisor.snapshot()
+    kept = {name: value.clone() for name, value in average.state_dict().items()}
+    model, optimizer, average = made()
+    with pytest.raises(SnapshotError, match="no longer registered"):
+        Supervisor.resume(tmp_path / "run", model, held_out, optimizer=optimizer)
+    with Supervisor.resume(tmp_path / "run", model, held_out, optimizer=optimizer, extras={"average": average}):
+        for name, value in average.state_dict().items():
+            assert torch.equal(value, kept[name]), name

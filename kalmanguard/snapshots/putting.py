@@ -80,7 +80,10 @@ def _loads(captured: Mapping[str, Any], members: Members, reader: Reader) -> lis
     extras = members.plain_extras()
     for name, state in captured["extras"].items():
         if name not in extras:
-            raise SnapshotError(f"extras.{name} was captured but is no longer registered; register it again.")
+            raise SnapshotError(
+                f"extras.{name} was captured but is no longer registered; register it again, or resume with "
+                f"extras={{{name!r}: ...}}."
+            )
         loads.append((f"extras.{name}", extras[name].load_state_dict, state))
     if captured["module_extra"]:
         custom = {f"{label}.{name}": module for label, name, module in reader.custom_modules(reader.plan())}
