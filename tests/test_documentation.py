@@ -25,7 +25,7 @@ RUNNABLE = (
     *sorted(f"howto/{page.stem}" for page in (DOCS / "howto").glob("*.md")),
 )
 #: Pages with a test of their own, here or beside the tests of what they are about.
-OTHERS = ("quickstart", "diagnostics", "integrations", "sharded_checkpoints", "research/damping")
+OTHERS = ("quickstart", "diagnostics", "distributed", "integrations", "sharded_checkpoints", "research/damping")
 #: What they include is a page of the repository itself.
 INCLUDING = ("docs/changelog.md", "docs/contributing.md")
 
