@@ -155,11 +155,12 @@ def test_a_checkpoint_in_flight_outlives_another_rank(size: int, victim: int, tm
     "place",
     [
         "out of memory",
-        pytest.param("stopped in the supervisor", marks=slow),
-        pytest.param("stopped in training", marks=slow),
+        "stopped in the supervisor",
+        "stopped in training",
     ],
 )
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=slow)])
+@pytest.mark.parametrize("victim", [1, 0])
+@slow
 def test_a_rank_fails_without_a_signal(place: str, victim: int, tmp_path: Path) -> None:
     """The reduction of gradients waits as long as its own process group says; the rest, as the settings say."""
     found = launch(
@@ -177,6 +178,7 @@ def test_a_rank_fails_without_a_signal(place: str, victim: int, tmp_path: Path) 
     check_what_is_left(tmp_path / "run", alive[0]["states"], tmp_path, 2, recorded=True, steps=60)
 
 
+@slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_on_all_ranks(tmp_path: Path) -> None:
     """Rank 0 alone can see that; where it is refused, the others do not wait for it until the timeout."""
     run = tmp_path / "run"
