@@ -336,15 +336,21 @@ class Loop:
     def _keep(self, decision: Decision) -> None:
         try:
             self.actuator.keep(decision.orders, decision.step)
-            if decision.orders.certified and decision.level is not Level.SUSPECT:
-                self._checkpoint(decision.step)
         except Exception as fault:
             what = f"the snapshot of step {decision.step} failed: {type(fault).__name__}: {fault}"
             self.incidents.report(self.step, what, fault)
-        if decision.orders.snapshot:
-            # The engine must not count on a state that the ring does not hold, of this rank or of another.
-            held = decision.step in self.actuator.ring.steps()
-            self._snapshot_failed = not (held if self.replicas is None else self.replicas.all(held))
+        if not decision.orders.snapshot:
+            return
+        # The engine must not count on a state that the ring does not hold, of this rank or of another.
+        held = decision.step in self.actuator.ring.steps()
+        self._snapshot_failed = not (held if self.replicas is None else self.replicas.all(held))
+        if self._snapshot_failed or not decision.orders.certified or decision.level is Level.SUSPECT:
+            return
+        try:
+            self._checkpoint(decision.step)
+        except Exception as fault:
+            what = f"the checkpoint of step {decision.step} failed: {type(fault).__name__}: {fault}"
+            self.incidents.report(self.step, what, fault)
 
     def veto(self, drop: Callable[[], None]) -> None:
         """Carry a veto out: called in the middle of the step, before its update is applied."""

@@ -163,6 +163,9 @@ def doomed(
         death = json.loads((folder / "death").read_text())
         if place.startswith("stopped") and rank != victim:
             os.kill(death["pid"], signal.SIGKILL)
+        if place == "capture":
+            # The survivors have captured this step's state before they were told, and rank 0 saves it as it ends.
+            states.setdefault(step, digest(plant.model))
         told = {"error": type(error).__name__, "text": str(error), "cause": repr(error.__cause__)}
         return {**told, "waited_s": at - death["at"], "states": states}
     return {"error": None, "states": states}
