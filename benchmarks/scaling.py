@@ -102,7 +102,7 @@ def _rank(rank: int, ranks: int, repeats: int, store: Path, queue: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     lines = Replicas(timeout_s=60.0, sketch_size=_SKETCH)._lines
     assert lines is not None
-    row = np.zeros(Summary(ranks=ranks, roles=[], shared=(ranks,), size=_SKETCH, scale=1.0).length)
+    row = np.zeros(Summary(ranks=ranks, roles=[], shared=(ranks,), size=_SKETCH).length)
     tensor, group = torch.from_numpy(row.copy()), dist.new_group(backend="gloo")
     jobs: dict[str, Callable[[], object]] = {
         "lines": lambda: lines.add(row),
@@ -202,7 +202,7 @@ def _model() -> str:
         own = elements / shards
         rounds = math.ceil(math.log2(ranks))
         shared = (1,) * (shards if ranks > shards else 0)
-        told = Summary(ranks=ranks, roles=[], shared=shared, size=_SKETCH, scale=1.0).length
+        told = Summary(ranks=ranks, roles=[], shared=shared, size=_SKETCH).length
         sent = rounds * 8 * (3 + told)
         # The weights are read for the sketch, the gradient for its norm.
         read_s = 2 * 4 * own / _DEVICE_BYTES_S

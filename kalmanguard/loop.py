@@ -30,7 +30,6 @@ from kalmanguard.settings import Settings
 
 #: Steps after which the sensors' own cost is fitted to the budget, and after which the cadences are set.
 _FIT_AT, _COSTS_AT = 5, 25
-#: Largest logarithm of a gradient norm that is a float again.
 #: Times the largest gradient norm so far beyond which the state is captured before the step is applied.
 _DARING = 1.2
 #: Latest events that are kept at hand for a report; all of them stand in the journal.

@@ -32,15 +32,15 @@ def sensed(*, at: float = 1.0, moved: float | None = 1.0, decided: int = 5, **ch
 
 
 def summed(*ranks: Sensed | None, shards: bool = False) -> Measurement | None:
-    """What the sum says, in the order of the ranks and in the reverse: they must not differ in a bit."""
+    """What the sum of what all ranks tell says."""
     shared = () if shards else (len(ranks),)
     vectors = []
     for rank, item in enumerate(ranks):
         role = Role(owned=shards or rank == 0, slot=None if shards else 0)
-        summary = Summary(ranks=len(ranks), roles=[role], shared=shared, size=8, scale=2.0**-40)
+        summary = Summary(ranks=len(ranks), roles=[role], shared=shared, size=8)
         vectors.append(summary.vector(item))
     own = next(item for item in ranks if item is not None).measurement
-    assert np.array_equal(sum(vectors), sum(reversed(vectors)))
+    np.testing.assert_allclose(sum(vectors), sum(reversed(vectors)), rtol=1e-12)
     return summary.agreed(np.sum(vectors, axis=0), own)
 
 
@@ -83,8 +83,13 @@ def test_where_ranks_differ_each_is_asked(other: Sensed | None) -> None:
     assert summed(sensed(), sensed(), other) is None
 
 
-def test_what_does_not_fit_into_the_sum_is_asked_for() -> None:
-    assert summed(sensed(), sensed(moved=1e30), shards=True) is None
+def test_one_huge_velocity_leaves_the_next_ones_as_they_are() -> None:
+    huge = summed(sensed(), sensed(moved=1e30), shards=True)
+    small = summed(sensed(moved=1e-9), sensed(moved=2e-9), shards=True)
+    assert huge is not None
+    assert huge.velocity == pytest.approx(np.full(8, 1e30))
+    assert small is not None
+    assert small.velocity == pytest.approx(np.full(8, 3e-9), rel=1e-12)
 
 
 def test_a_step_without_velocities_or_with_parameters_that_are_no_numbers_has_no_velocity() -> None:

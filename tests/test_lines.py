@@ -122,26 +122,25 @@ def test_a_rank_that_tells_something_else_is_noticed() -> None:
 
 def test_strangers_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Someone who calls with a wrong token, or says nothing, is hung up on; the ranks find each other all the same."""
-    plain = module._connected
+    plain = module._connect
 
-    def disturbed(rank: int, size: int, posts: Any, listener: socket.socket) -> dict[int, socket.socket]:
+    def disturbed(lines: Any, rank: int, size: int, posts: Any, listener: socket.socket) -> None:
         with socket.create_connection(("127.0.0.1", posts[rank].port)) as stranger:
             stranger.sendall(module._HELLO.pack(b"x" * 16, 1))
             silent = socket.create_connection(("127.0.0.1", posts[rank].port))
             try:
-                return plain(rank, size, posts, listener)
+                plain(lines, rank, size, posts, listener)
             finally:
                 silent.close()
 
-    monkeypatch.setattr(module, "_connected", disturbed)
+    monkeypatch.setattr(module, "_connect", disturbed)
     assert [found.tolist() for found in together(2, lambda _, lines: called(lines).add(np.ones(1)))] == [[2.0], [2.0]]
 
 
 def test_where_one_cannot_be_reached_none_uses_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(rank: int, size: int, posts: Any, listener: socket.socket) -> dict[int, socket.socket]:
+    def unreachable(lines: Any, rank: int, size: int, posts: Any, listener: socket.socket) -> None:
         if rank == 1:
             raise ConnectionRefusedError
-        return {}
 
-    monkeypatch.setattr(module, "_connected", unreachable)
+    monkeypatch.setattr(module, "_connect", unreachable)
     assert together(3, lambda _, lines: lines) == [None, None, None]

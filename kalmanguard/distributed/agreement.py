@@ -21,7 +21,7 @@ _TAMPERED = ("parameters", "moments", "silent parameters", "silent moments", OVE
 _BITS = 19
 #: Numbers before those of the parts: three that must be equal, each with its square, counts, and sums.
 _EQUAL = ("step", "decided", "applied")
-_COUNTS = ("measured", "loss", "finite", "moved", "buffers", "wide")
+_COUNTS = ("measured", "loss", "finite", "moved", "buffers")
 _SUMS = ("loss", "buffers", "floor")
 
 
@@ -57,8 +57,9 @@ class Role(NamedTuple):
 class Summary:
     """All that is told of a step as one vector that is added up over the ranks.
 
-    Every number that must come out the same on all ranks is a whole number below 2^53, so sums are exact in any order;
-    that numbers are equal on n ranks is seen by ``n sum(x^2) = (sum x)^2``.
+    Counts and digests are whole numbers below 2^53, so their sums are exact, and that numbers are equal on n ranks is
+    seen by ``n sum(x^2) = (sum x)^2``. Losses and velocities are rounded, in the same way on every rank, since all get
+    the same sum.
 
     Parameters
     ----------
@@ -70,13 +71,10 @@ class Summary:
         Number of holders of each part that is held more than once.
     size
         Length of a sketch.
-    scale
-        Units of velocities, a power of two: what is added up is ``round(velocity / scale)``.
     """
 
-    def __init__(self, *, ranks: int, roles: Sequence[Role], shared: Sequence[int], size: int, scale: float) -> None:
+    def __init__(self, *, ranks: int, roles: Sequence[Role], shared: Sequence[int], size: int) -> None:
         self._ranks, self._roles, self._shared, self._size = ranks, list(roles), tuple(shared), size
-        self._scale = scale
         self._counts_at = 2 * len(_EQUAL)
         self._tampered_at = self._counts_at + len(_COUNTS)
         self._sums_at = self._tampered_at + len(_TAMPERED)
@@ -96,11 +94,9 @@ class Summary:
         m = sensed.measurement
         for i, number in enumerate((m.step & (1 << _BITS) - 1, sensed.decided, _applied(m))):
             row[2 * i : 2 * i + 2] = number, number * number
-        velocity = self._share(sensed.velocities)
-        # Room for every rank's share, and for what is told of a part by several.
-        wide = velocity is not None and not (np.abs(velocity) < 2.0**52 / self._ranks).all()
-        buffers = 0.0 if m.buffer_norm is None else m.buffer_norm**2
-        counts = (True, _is_number(m.loss), m.parameters_finite, velocity is not None, math.isfinite(buffers), wide)
+        moved = sensed.velocities is not None
+        buffers = 0.0 if m.buffer_norm is None else m.buffer_norm * m.buffer_norm
+        counts = (True, _is_number(m.loss), m.parameters_finite, moved, math.isfinite(buffers))
         row[self._counts_at : self._tampered_at] = counts
         known = [what if what in _TAMPERED else _TAMPERED[0] for what in m.tampered]
         row[self._tampered_at : self._sums_at] = [what in known for what in _TAMPERED]
@@ -114,8 +110,9 @@ class Summary:
             if role.slot is not None:
                 number, at = short_digest(position.tobytes()), self._slots_at + 2 * role.slot
                 row[at : at + 2] = number, number * number
-        if velocity is not None and not wide:
-            row[self._velocity_at :] = velocity
+        for velocity, role in zip(sensed.velocities or (), self._roles, strict=moved):
+            if role.owned:
+                row[self._velocity_at :] += velocity
         return row
 
     def agreed(self, total: FloatArray, own: Measurement) -> Measurement | None:
@@ -128,7 +125,7 @@ class Summary:
         pairs = [*total[: self._counts_at].reshape(-1, 2).tolist()]
         pairs += total[self._slots_at : self._velocity_at].reshape(-1, 2).tolist()
         together = all(n * int(square) == int(x) ** 2 for n, (x, square) in zip(equal, pairs, strict=True))
-        if not together or counts["measured"] < self._ranks or counts["wide"]:
+        if not together or counts["measured"] < self._ranks:
             return None
         # A loss that is no number on one rank is none on any.
         if own.loss is not None and counts["loss"] < self._ranks:
@@ -144,16 +141,8 @@ class Summary:
             parameters_finite=finite,
             rounding_floor=math.sqrt(floor) if finite else 0.0,
             tampered=tuple(what for what, count in zip(_TAMPERED, tampered, strict=True) if count),
-            velocity=total[self._velocity_at :] * self._scale if moved else None,
+            velocity=total[self._velocity_at :] if moved else None,
         )
-
-    def _share(self, velocities: list[FloatArray] | None) -> FloatArray | None:
-        if velocities is None:
-            return None
-        owned = [v for v, role in zip(velocities, self._roles, strict=True) if role.owned]
-        total = np.rint(np.sum(owned, axis=0) / self._scale) if owned else np.zeros(self._size)
-        found: FloatArray = total
-        return found
 
 
 def settled(told: Sequence[tuple[Sensed | None, Sequence[Role]]], own: Measurement) -> Measurement:

@@ -44,7 +44,7 @@ class Lines:
     Notes
     -----
     Why not a collective of the process group: it hands every message from thread to thread, which takes ten times as
-    long as the message (``python -m benchmarks exchange``), and its rounds grow with the number of ranks, not with its
+    long as the message (``python -m benchmarks scaling``), and its rounds grow with the number of ranks, not with its
     logarithm. Only numbers are read from a line, and only from one that has shown the token which the ranks got through
     their process group. What cannot be connected (a firewall, another network) is no error: `laid` returns ``None``,
     and the process group does the work.
@@ -94,9 +94,9 @@ class Lines:
         lines: dict[int, socket.socket] = {}
         try:
             if listener is not None and len(posts) == size:
-                lines = _connected(rank, size, posts, listener)
+                _connect(lines, rank, size, posts, listener)
         except OSError:
-            lines = {}
+            pass  # `done` says so
         finally:
             if listener is not None:
                 listener.close()
@@ -173,10 +173,12 @@ def _largest_power(size: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-def _connected(rank: int, size: int, posts: Sequence[_Post], listener: socket.socket) -> dict[int, socket.socket]:
+def _connect(
+    lines: dict[int, socket.socket], rank: int, size: int, posts: Sequence[_Post], listener: socket.socket
+) -> None:
     """Call the lower ranks, and let the higher ones in."""
     deadline = time.monotonic() + _PATIENCE_S
-    token, lines = posts[0].token, {}
+    token = posts[0].token
     for other in partners(rank, size):
         if other < rank:
             post = posts[other]
@@ -198,7 +200,6 @@ def _connected(rank: int, size: int, posts: Sequence[_Post], listener: socket.so
             line.close()
     for line in lines.values():
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return lines
 
 
 def _read(line: socket.socket, length: int) -> bytes:

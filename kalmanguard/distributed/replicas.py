@@ -23,8 +23,6 @@ from kalmanguard.sensors.norm import total_norm
 from kalmanguard.sensors.shards import data_mesh, is_sharded, local
 
 T = TypeVar("T")
-#: Times the largest entry of a sketch of the parameters that velocities may grow to.
-_ROOM = 256.0
 
 
 @final
@@ -78,7 +76,6 @@ class Replicas:
         self._decided = 0
         self._holders: dict[int, int] = {}
         self._roles: list[Role] = []
-        self._exponent = -(1 << 20)
         self._summary: Summary | None = None
 
     @classmethod
@@ -98,10 +95,11 @@ class Replicas:
         self.holdings = holdings(named_parameters, self.rank, self._gathered_rows)
         self._holders = {id(p): part.holders for part in self.holdings.parts for _, p in part.parameters}
         self._roles = [Role(part.owned, part.slot) for part in self.holdings.parts]
+        self._summary = Summary(ranks=self.size, roles=self._roles, shared=self.holdings.shared, size=self._sketch_size)
         return self.holdings
 
     def check(self, positions: Sequence[FloatArray]) -> None:
-        """Check that ranks which should hold the same parameters do, and take the measure of what they hold.
+        """Check that ranks which should hold the same parameters do.
 
         Parameters
         ----------
@@ -113,12 +111,10 @@ class Replicas:
         RankError
             They do not.
         """
-        told: list[Any] = self._told([p.tobytes() for p in positions])
-        self._scale([np.frombuffer(p) for parts in told for p in parts])
+        mine = [(role.slot, position.tobytes()) for role, position in zip(self._roles, positions, strict=True)]
         held: dict[int, tuple[int, bytes]] = {}
-        everyone = self._told([role.slot for role in self._roles])
-        for rank, (slots, parts) in enumerate(zip(everyone, told, strict=True)):
-            for slot, position in zip(slots, parts, strict=True):
+        for rank, parts in enumerate(self._told(mine)):
+            for slot, position in parts:
                 first, known = held.setdefault(slot, (rank, position)) if slot is not None else (rank, position)
                 if known != position:
                     raise RankError(
@@ -171,15 +167,23 @@ class Replicas:
         KalmanguardError
             A rank could not measure.
         """
-        assert self._summary is not None  # `check` comes first
-        sensed = None if measurement is None else self._sensed(measurement, sketched)
-        total = self._added("compare what was measured", self._summary.vector(sensed))
+        assert self._summary is not None  # `divide` comes first
+        sensed: Sensed | None = None
+        fault: Exception | None = None
+        try:
+            sensed = None if measurement is None else self._sensed(measurement, sketched)
+            row = self._summary.vector(sensed)
+        except Exception as error:
+            # The others must hear of it before it goes on its way.
+            sensed, fault, row = None, error, self._summary.vector(None)
+        total = self._added("compare what was measured", row)
         # A rank that has not measured does not know what all the others know: that one is missing.
-        found = None if measurement is None else self._summary.agreed(total, measurement)
+        found = None if sensed is None else self._summary.agreed(total, sensed.measurement)
         if found is None:
-            told = self._told((sensed, self._roles))
-            found = settled(told, measurement or Measurement(step=0))
-            self._scale([v for item, _ in told if item is not None for v in item.velocities or ()])
+            try:
+                found = settled(self._told((sensed, self._roles)), measurement or Measurement(step=0))
+            except KalmanguardError as error:
+                raise error from fault
         if not any(item.detector == REPLICAS for item in found.findings):
             self.together = found.step
         return found
@@ -285,21 +289,6 @@ class Replicas:
             velocities if len(velocities) == len(sketched) else None,
             [floor for _, _, floor in sketched],
         )
-
-    def _scale(self, sketches: Sequence[FloatArray]) -> None:
-        """Choose the unit of velocities, so that they fit with room to spare, and are still finer than rounding."""
-        with np.errstate(invalid="ignore"):
-            largest = max((float(np.nan_to_num(np.abs(s), posinf=0.0).max()) for s in sketches), default=0.0)
-        wanted = math.frexp(max(largest, 1e-30) * _ROOM * self.size)[1] - 52
-        if self._summary is None or wanted > self._exponent:
-            self._exponent = wanted
-            self._summary = Summary(
-                ranks=self.size,
-                roles=self._roles,
-                shared=self.holdings.shared,
-                size=self._sketch_size,
-                scale=math.ldexp(1.0, wanted),
-            )
 
     def close(self) -> None:
         """Hang up."""
